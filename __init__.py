@@ -1,0 +1,22 @@
+"""Pinpoint: local, text-driven image editing for ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .nodes import all_nodes
+
+WEB_DIRECTORY = "./web"
+
+
+class PinpointExtension(ComfyExtension):
+    """What ComfyUI asks about the pack."""
+
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node of the pack."""
+        return all_nodes
+
+
+async def comfy_entrypoint() -> PinpointExtension:
+    """ComfyUI's entry into the pack."""
+    return PinpointExtension()

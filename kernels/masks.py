@@ -1,0 +1,105 @@
+"""Masks: from velocity differences to soft masks, and the arithmetic that edits share.
+
+Masks are (B, H, W) in [0, 1], 1 = edit, unless a function says otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def velocity_difference(target: Tensor, source: Tensor) -> Tensor:
+    """Mean over channels of |v_target - v_source|: (B, C, ..., H, W) -> (B, H, W).
+
+    Frames of a video latent are averaged, so that one mask serves all of them.
+    FocusFlow, phase 1.
+    """
+    difference = (target - source).abs().mean(1)
+    return difference.flatten(1, -3).mean(1) if difference.ndim > 3 else difference
+
+
+def normalized(heat: Tensor, low: float = 0.01, high: float = 0.99) -> Tensor:
+    """Clip each map to its own quantiles and stretch it to [0, 1] (epsilon 1e-8).
+
+    Args:
+        heat: (B, H, W), any range.
+        low, high: quantiles in [0, 1], low < high.
+    """
+    flat = heat.flatten(1).float()
+    bounds = torch.quantile(flat, torch.tensor([low, high], device=heat.device), dim=1)
+    bottom, top = bounds[0].view(-1, 1, 1), bounds[1].view(-1, 1, 1)
+    clipped = torch.minimum(torch.maximum(heat, bottom), top)
+    return (clipped - bottom) / (top - bottom + 1e-8)
+
+
+def dilated(mask: Tensor, size: int) -> Tensor:
+    """Maximum over a size x size window; an even size is rounded up to the next odd one.
+
+    Sizes 0 and 1 change nothing.
+    """
+    if size <= 1:
+        return mask
+    size |= 1
+    return F.max_pool2d(mask[:, None], size, stride=1, padding=size // 2)[:, 0]
+
+
+def blurred(mask: Tensor, size: int) -> Tensor:
+    """Mean over a size x size window, taken over the cells that exist, so borders do not darken.
+
+    An even size is rounded up to the next odd one; sizes 0 and 1 change nothing.
+    """
+    if size <= 1:
+        return mask
+    size |= 1
+    mean = F.avg_pool2d(mask[:, None], size, 1, size // 2, count_include_pad=False)
+    return mean[:, 0].clamp(0, 1)
+
+
+def contrasted(mask: Tensor, threshold: float, softness: float) -> Tensor:
+    """Shape a soft mask around a threshold: 0.5 at the threshold, rising over `softness`.
+
+    `threshold` 0.5 with `softness` 1 changes nothing; `softness` 0 gives a hard mask.
+    """
+    if softness <= 0:
+        return (mask >= threshold).to(mask.dtype)
+    return (0.5 + (mask - threshold) / softness).clamp(0, 1)
+
+
+def resized(mask: Tensor, height: int, width: int) -> Tensor:
+    """Resize by area when shrinking and to the nearest cell when growing.
+
+    A mask that is grown by a whole factor and shrunk again is unchanged, bit for bit.
+    """
+    if mask.shape[-2:] == (height, width):
+        return mask
+    shrunk = mask[:, None]
+    if mask.shape[-2] > height or mask.shape[-1] > width:
+        smaller = (min(mask.shape[-2], height), min(mask.shape[-1], width))
+        shrunk = F.interpolate(shrunk, smaller, mode="area")
+    return F.interpolate(shrunk, (height, width), mode="nearest-exact")[:, 0]
+
+
+def feathered_inward(mask: Tensor, threshold: float, feather: int) -> Tensor:
+    """Opacity of a paste that never leaves the mask.
+
+    Outside (mask < threshold) the opacity is exactly 0; inside it rises with the distance to the
+    outside, (chessboard distance - 0.5) / feather, up to exactly 1. The border of the picture is
+    not an outside.
+
+    Args:
+        mask: (B, H, W).
+        threshold: values from here on are inside.
+        feather: width of the ramp in pixels; 0 gives a hard edge.
+    """
+    inside = (mask >= threshold).float()
+    if feather <= 0:
+        return inside
+    reached = inside
+    depth = torch.zeros_like(inside)
+    for _ in range(feather):
+        depth += reached
+        reached = 1 - dilated(1 - reached, 3)
+    ramp = ((depth - 0.5) / feather).clamp(0, 1)
+    return torch.where(reached > 0, torch.ones_like(ramp), ramp)

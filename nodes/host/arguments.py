@@ -1,0 +1,112 @@
+"""Checks and fits of node inputs; every refusal names the input, its value and the cure."""
+
+from __future__ import annotations
+
+import math
+
+import comfy.sample
+import torch
+import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...kernels import masks
+
+largest_crop = 32
+"""VAEs crop a picture to whole latent cells, at most 32 pixels wide."""
+
+
+def require_finite(**widgets: float) -> None:
+    """Refuse NaN and infinity, which ComfyUI's own range checks let through."""
+    for name, value in widgets.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: enter a finite number")
+
+
+def latent_samples(model: ModelPatcher, latent: dict) -> Tensor:
+    """The tensor of a LATENT, checked against the model's latent space.
+
+    Raises:
+        ValueError: several latents in one, another number of channels, or values that are not
+            finite.
+    """
+    samples = latent["samples"]
+    if samples.is_nested:
+        raise ValueError("latent holds several latents (video with audio): separate them first")
+    samples = comfy.sample.fix_empty_latent_channels(model, samples)
+    expected = model.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != expected:
+        raise ValueError(
+            f"latent has {samples.shape[1]} channels, the model needs {expected}: encode the "
+            "picture with the VAE that belongs to the model"
+        )
+    if not torch.isfinite(samples).all():
+        raise ValueError("latent holds values that are not finite: check the picture and the VAE")
+    return samples
+
+
+def pixel_size(model: ModelPatcher, samples: Tensor) -> tuple[int, int]:
+    """Height and width in pixels of the picture in a latent."""
+    ratio = model.get_model_object("latent_format").spacial_downscale_ratio
+    return samples.shape[-2] * ratio, samples.shape[-1] * ratio
+
+
+def scaled_picture(image: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W, 3) at another size, for previews."""
+    if image.shape[1:3] == (height, width):
+        return image
+    channels_first = image.movedim(-1, 1)
+    scaled = F.interpolate(channels_first, (height, width), mode="bilinear", align_corners=False)
+    return scaled.movedim(1, -1)
+
+
+def same_batch(**tensors: Tensor) -> list[Tensor]:
+    """Repeat single images to the common batch size.
+
+    Raises:
+        ValueError: two different batch sizes above 1.
+    """
+    count = max(len(tensor) for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        if len(tensor) not in (1, count):
+            raise ValueError(
+                f"{name} has {len(tensor)} images where another input has {count}: use one image, "
+                f"or {count}"
+            )
+    return [t.expand(count, *t.shape[1:]) if len(t) == 1 else t for t in tensors.values()]
+
+
+def placed_over(edited: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay an edited picture over its source where VAE Encode cropped it from.
+
+    Returns:
+        The edited picture at the source's size (the source where it does not reach), and the
+        (1, H, W) area that it covers.
+
+    Raises:
+        ValueError: the sizes differ by more than a VAE's crop.
+    """
+    (height, width), (inner_height, inner_width) = source.shape[1:3], edited.shape[1:3]
+    top, left = (height - inner_height) // 2, (width - inner_width) // 2
+    if not (0 <= height - inner_height < largest_crop and 0 <= width - inner_width < largest_crop):
+        raise ValueError(
+            f"edited is {inner_width}x{inner_height}, source {width}x{height}: scale one of them "
+            "(Upscale Image) so that the sizes agree"
+        )
+    placed = source[..., :3].clone()
+    placed[:, top : top + inner_height, left : left + inner_width] = edited.to(placed)
+    covered = placed.new_zeros(1, height, width)
+    covered[:, top : top + inner_height, left : left + inner_width] = 1
+    return placed, covered
+
+
+def placed_mask(mask: Tensor, covered: Tensor, source: Tensor) -> Tensor:
+    """A mask at the source's size; one that fits the covered area exactly is laid over that."""
+    mask = mask.to(covered).clamp(0, 1)
+    rows, columns = covered[0].any(1).nonzero(), covered[0].any(0).nonzero()
+    if mask.shape[1:] != (len(rows), len(columns)):
+        return masks.resized(mask, *source.shape[1:3])
+    placed = mask.new_zeros(len(mask), *source.shape[1:3])
+    top, left = int(rows[0]), int(columns[0])
+    placed[:, top : top + len(rows), left : left + len(columns)] = mask
+    return placed

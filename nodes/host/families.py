@@ -1,0 +1,30 @@
+"""What the connected model is and what it can do, asked of the model and never guessed."""
+
+from __future__ import annotations
+
+import comfy.model_sampling
+from comfy.model_patcher import ModelPatcher
+
+
+def name(model: ModelPatcher) -> str:
+    """The family as ComfyUI detected it, e.g. "SD3" or "Flux"."""
+    return type(model.model.model_config).__name__
+
+
+def require_flow(model: ModelPatcher) -> None:
+    """Refuse models whose prediction is not a rectified-flow velocity.
+
+    Raises:
+        ValueError: for epsilon-, v- and x0-prediction models.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, comfy.model_sampling.CONST):
+        raise ValueError(
+            f"model is {name(model)}, which does not predict a flow velocity: load a flow model "
+            "such as SD3, SD3.5, Flux, Qwen-Image, Z-Image or Wan"
+        )
+
+
+def has_embedded_guidance(model: ModelPatcher) -> bool:
+    """Whether guidance is distilled into the model and given to it as a number (Flux.1-dev)."""
+    return bool(model.model.model_config.unet_config.get("guidance_embed", False))

@@ -1,0 +1,281 @@
+"""A guider that knows two prompts, and the one model call that evaluates both."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import comfy.samplers
+import node_helpers
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from torch import Tensor
+
+from ...kernels import flow
+from . import families
+
+log = logging.getLogger(__name__)
+
+Conditioning = list[Any]
+Options = dict[str, Any]
+GuidanceMode = Literal["auto", "cfg", "embedded"]
+
+
+pair_key = "pinpoint_pair"
+"""In `model_options`: marks a call of the guider whose batch is [target rows, source rows]."""
+
+
+class SourceTargetGuider(comfy.samplers.CFGGuider):
+    """Guidance for edits: the target prompt for any sampler, and both prompts for edit samplers.
+
+    With a stock sampler it behaves as a CFG guider on the target prompt. Edit samplers call
+    `velocities`, which evaluates target and source, conditional and unconditional, in one model
+    call when shapes and memory allow.
+    """
+
+    def __init__(
+        self,
+        model: ModelPatcher,
+        source: Conditioning,
+        target: Conditioning,
+        negative: Conditioning | None = None,
+        source_guidance: float = 1.0,
+        target_guidance: float = 1.0,
+        mode: GuidanceMode = "auto",
+    ):
+        """
+        Args:
+            model: a flow model.
+            source, target: conditionings that describe the picture as it is and as it shall be.
+            negative: for classifier-free guidance; not needed at guidance 1.
+            source_guidance, target_guidance: guidance scales.
+            mode: "cfg" for classifier-free guidance, "embedded" for models that take guidance as a
+                number (Flux.1-dev), "auto" to choose by the model.
+
+        Raises:
+            ValueError: not a flow model, or guidance other than 1 without a negative.
+        """
+        families.require_flow(model)
+        super().__init__(model)
+        if mode == "embedded" or (mode == "auto" and families.has_embedded_guidance(model)):
+            source = node_helpers.conditioning_set_values(source, {"guidance": source_guidance})
+            target = node_helpers.conditioning_set_values(target, {"guidance": target_guidance})
+            self.source_cfg = self.target_cfg = 1.0
+        else:
+            self.source_cfg, self.target_cfg = source_guidance, target_guidance
+            _require_negative(negative, source_guidance, target_guidance)
+        self.same_prompts = source_guidance == target_guidance and _equal(source, target)
+        self.set_cfg(self.target_cfg)
+        conds = {"positive": target, "source_positive": source}
+        if negative is not None:
+            conds["negative"] = negative
+            conds["source_negative"] = node_helpers.conditioning_set_values(
+                negative, {"prompt_type": "negative"}
+            )
+        self.inner_set_conds(conds)
+
+    def inner_sample(
+        self,
+        noise: Tensor,
+        latent_image: Tensor,
+        device: torch.device,
+        sampler: comfy.samplers.Sampler,
+        sigmas: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As ComfyUI's, but what did not move keeps the bits it had on the LATENT wire.
+
+        The way into the model's latent space and back costs a rounding error otherwise.
+        """
+        edited = super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
+        if not latent_image.any():
+            return edited
+        unmoved = self.inner_model.process_latent_in(latent_image)
+        unmoved = self.inner_model.process_latent_out(unmoved.to(torch.float32))
+        return torch.where(edited == unmoved, latent_image, edited)
+
+    def velocities(
+        self, target: Tensor, source: Tensor, sigma: float, extra_args: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Guided velocities of both prompts, each at its own latent.
+
+        Args:
+            target, source: latents at `sigma` in the model's space, same shape (B, C, ..., H, W).
+            sigma: in (0, 1].
+            extra_args: what ComfyUI hands to a sampler ("model_options", "seed").
+        """
+        options = create_model_options_clone(extra_args["model_options"])
+        options[pair_key] = True
+        x = torch.cat([target, source])
+        denoised = self(x, x.new_full((len(x),), sigma), options, extra_args.get("seed"))
+        return flow.velocity(x, denoised, sigma).chunk(2)
+
+    def draws_per_call(self, latent: Tensor, draws: int) -> int:
+        """How many noised copies of a latent batch fit into memory at once, at least 1."""
+        free = self.model_patcher.get_free_memory(latent.device)
+        rows, *rest = latent.shape
+        while draws > 1:
+            if self.inner_model.memory_required([rows * draws, *rest]) * 1.5 < free:
+                break
+            draws = (draws + 1) // 2
+        return draws
+
+    def target_velocity(self, x: Tensor, sigma: float, extra_args: dict[str, Any]) -> Tensor:
+        """Guided velocity of the target prompt alone."""
+        timestep = x.new_full((len(x),), sigma)
+        denoised = self(x, timestep, extra_args["model_options"], extra_args.get("seed"))
+        return flow.velocity(x, denoised, sigma)
+
+    def predict_noise(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: Options = {},  # noqa: B006
+        seed: int | None = None,
+    ) -> Tensor:
+        """Denoised latents; for a `Pair`, those of [target rows, source rows]."""
+        if pair_key not in model_options:
+            return super().predict_noise(x, timestep, model_options, seed)
+        options = {key: value for key, value in model_options.items() if key != pair_key}
+        (target, source), sigma = x.chunk(2), timestep[: len(x) // 2]
+        if self.same_prompts and torch.equal(target, source):
+            denoised = super().predict_noise(target, sigma, options, seed)
+            return torch.cat([denoised, denoised])
+        branches = [
+            self._branch("", target, self.target_cfg, options),
+            self._branch("source_", source, self.source_cfg, options),
+        ]
+        predicted = _predict_together if self._can_share_a_call(options) else _predict_apart
+        outputs = predicted(self.inner_model, branches, sigma, options)
+        guided = [
+            _guide(self.inner_model, branch, output, sigma, options)
+            for branch, output in zip(branches, outputs, strict=True)
+        ]
+        return torch.cat(guided)
+
+    def _branch(self, prefix: str, x: Tensor, cfg: float, options: dict[str, Any]) -> Branch:
+        unguided = math.isclose(cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
+        negative = None if unguided else self.conds.get(f"{prefix}negative")
+        return Branch(x, self.conds[f"{prefix}positive"], negative, cfg)
+
+    def _can_share_a_call(self, options: dict[str, Any]) -> bool:
+        """Whether rows may be exchanged inside one call.
+
+        Areas crop the latent, ControlNets read it before we can exchange rows, and the listed
+        options slice or distribute the batch themselves.
+        """
+        if {"context_handler", "multigpu_clones", "sampler_calc_cond_batch_function"} & set(
+            options
+        ):
+            return False
+        entries = [entry for conds in self.conds.values() for entry in conds]
+        return not any("area" in entry or "control" in entry for entry in entries)
+
+
+@dataclass
+class Branch:
+    """One prompt at one latent: its conditionings (negative None = not needed) and scale."""
+
+    x: Tensor
+    positive: list[dict]
+    negative: list[dict] | None
+    cfg: float
+
+    @property
+    def conds(self) -> list[list[dict] | None]:
+        return [self.positive, self.negative]
+
+
+def _predict_together(
+    model: BaseModel, branches: list[Branch], sigma: Tensor, options: Options
+) -> list[list[Tensor]]:
+    """All branches in one call: ComfyUI batches the conditionings, we exchange the latents.
+
+    The exchange happens outside of every other wrapper of the model call, so that each sees the
+    rows as the model will. `cond_or_uncond` is mapped back to 0 and 1, the values that patches of
+    other packs know.
+    """
+    latents = {c["uuid"]: b.x for b in branches for conds in b.conds for c in conds or ()}
+    inner: Callable | None = options.get("model_function_wrapper")
+
+    def exchange_rows(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        c = dict(args["c"])
+        uuids = c["transformer_options"]["uuids"]
+        kinds = [index % 2 for index in args["cond_or_uncond"]]
+        c["transformer_options"] = {**c["transformer_options"], "cond_or_uncond": kinds}
+        rows = torch.cat([latents[uuid] for uuid in uuids])
+        args = {**args, "input": rows, "c": c, "cond_or_uncond": kinds}
+        if inner is not None:
+            return inner(apply_model, args)
+        return apply_model(args["input"], args["timestep"], **c)
+
+    paired = {**options, "model_function_wrapper": exchange_rows}
+    conds = [cond for branch in branches for cond in branch.conds]
+    out = comfy.samplers.calc_cond_batch(model, conds, branches[0].x, sigma, paired)
+    return [out[0:2], out[2:4]]
+
+
+def _predict_apart(
+    model: BaseModel, branches: list[Branch], sigma: Tensor, options: Options
+) -> list[list[Tensor]]:
+    """One call for each branch, as the stock guider makes it."""
+    custom = options.get("sampler_calc_cond_batch_function")
+    if custom is None:
+        return [
+            comfy.samplers.calc_cond_batch(model, b.conds, b.x, sigma, options) for b in branches
+        ]
+    shared = {"sigma": sigma, "model": model, "model_options": options}
+    return [custom({"conds": b.conds, "input": b.x, **shared}) for b in branches]
+
+
+def _guide(
+    model: BaseModel, branch: Branch, out: list[Tensor], sigma: Tensor, options: Options
+) -> Tensor:
+    """Classifier-free guidance with the pre- and post-CFG hooks of other packs."""
+    args = {"conds": branch.conds, "cond_scale": branch.cfg, "timestep": sigma, "sigma": sigma}
+    for hook in options.get("sampler_pre_cfg_function", []):
+        out = hook(
+            {**args, "conds_out": out, "input": branch.x, "model": model, "model_options": options}
+        )
+    return comfy.samplers.cfg_function(
+        model,
+        out[0],
+        out[1],
+        branch.cfg,
+        branch.x,
+        sigma,
+        model_options=options,
+        cond=branch.positive,
+        uncond=branch.negative,
+    )
+
+
+def _require_negative(
+    negative: Conditioning | None, source_guidance: float, target_guidance: float
+) -> None:
+    if negative is None and not (source_guidance == target_guidance == 1.0):
+        raise ValueError(
+            f"negative is not connected, but source guidance is {source_guidance:g} and target "
+            f"guidance {target_guidance:g}: connect a negative prompt (empty text will do) or set "
+            "both guidances to 1"
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Structural equality of conditionings: same numbers in the same places."""
+    if torch.is_tensor(a) or torch.is_tensor(b):
+        return (
+            torch.is_tensor(a) and torch.is_tensor(b) and a.shape == b.shape and torch.equal(a, b)
+        )
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or a == b

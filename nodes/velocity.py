@@ -1,0 +1,346 @@
+"""How to move: the two-prompt guider, the edit samplers, and the one-node edit."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from comfy_execution.graph_utils import GraphBuilder
+from torch import Tensor
+
+from .host import arguments
+from .host.guiding import GuidanceMode, SourceTargetGuider
+from .host.sampling import EditSampler, EditSettings, Method
+
+highest_guidance = 100.0
+
+Link = list[str | int]
+"""An input as the graph holds it, [node id, slot], for nodes that expand into others."""
+
+
+class SourceTarget(io.ComfyNode):
+    """Two prompts behind one GUIDER wire."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PinpointSourceTargetGuider",
+            display_name="Source/Target Guider",
+            category="pinpoint/edit",
+            description=(
+                "Guides an edit by two prompts, the picture as it is and as it shall be, evaluated "
+                "together in one model call a step."
+            ),
+            search_aliases=["edit guider", "flowedit guider", "dual prompt guider"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A flow model: SD3, SD3.5, Flux, Qwen-Image, Z-Image, Wan …"
+                ),
+                io.Conditioning.Input("source", tooltip="Describes the picture as it is."),
+                io.Conditioning.Input("target", tooltip="Describes the picture as it shall be."),
+                io.Float.Input(
+                    "source_guidance",
+                    default=3.5,
+                    min=0.0,
+                    max=highest_guidance,
+                    step=0.1,
+                    tooltip="Guidance scale of the source prompt. FlowEdit: SD3 3.5, Flux.1 1.5.",
+                ),
+                io.Float.Input(
+                    "target_guidance",
+                    default=13.5,
+                    min=0.0,
+                    max=highest_guidance,
+                    step=0.1,
+                    tooltip=(
+                        "Guidance scale of the target prompt; higher edits more. FlowEdit: SD3 "
+                        "13.5, Flux.1 5.5."
+                    ),
+                ),
+                io.Combo.Input(
+                    "guidance_mode",
+                    options=["auto", "cfg", "embedded"],
+                    default="auto",
+                    tooltip=(
+                        "cfg: classifier-free guidance, two evaluations for each prompt. embedded: "
+                        "the number is given to the model (Flux.1-dev). auto asks the model."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="For cfg other than 1; an empty text is usual. Not used when embedded.",
+                ),
+            ],
+            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced with an Edit Sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        source: io.Conditioning.Type,
+        target: io.Conditioning.Type,
+        source_guidance: float,
+        target_guidance: float,
+        guidance_mode: GuidanceMode,
+        negative: io.Conditioning.Type | None = None,
+    ) -> io.NodeOutput:
+        arguments.require_finite(source_guidance=source_guidance, target_guidance=target_guidance)
+        return io.NodeOutput(
+            SourceTargetGuider(
+                model, source, target, negative, source_guidance, target_guidance, guidance_mode
+            )
+        )
+
+
+class EditSamplerNode(io.ComfyNode):
+    """FlowEdit and FocusFlow behind one SAMPLER wire."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PinpointEditSampler",
+            display_name="Edit Sampler",
+            category="pinpoint/edit",
+            description=(
+                "Moves a picture from the source to the target prompt without inverting it, for "
+                "SamplerCustomAdvanced with a Source/Target Guider."
+            ),
+            search_aliases=["focusflow", "flowedit", "inversion-free editing"],
+            inputs=[
+                io.Combo.Input(
+                    "method",
+                    options=["FocusFlow", "FlowEdit", "FocusFlow as published"],
+                    default="FocusFlow",
+                    tooltip=(
+                        "FocusFlow moves only inside the mask. FlowEdit has no mask. FocusFlow as "
+                        "published blends whole velocities like the authors' code: it changes the "
+                        "whole picture and is here for reproduction."
+                    ),
+                ),
+                io.Int.Input(
+                    "n_max",
+                    default=24,
+                    min=1,
+                    max=10000,
+                    tooltip=(
+                        "Steps that are run, counted from the end of the schedule: the strength "
+                        "of the edit. FlowEdit: SD3 33 of 50, Flux.1 24 of 28."
+                    ),
+                ),
+                io.Int.Input(
+                    "n_min",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    tooltip=(
+                        "Of these, the last steps that sample the target prompt freely inside the "
+                        "mask: more change, less of the source's structure."
+                    ),
+                ),
+                io.Int.Input(
+                    "n_avg",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Noises averaged in a step: steadier edits at n times the cost.",
+                ),
+                io.Boolean.Input(
+                    "reanchor",
+                    default=False,
+                    tooltip=(
+                        "Pull the outside of a soft mask back to the source before every step. "
+                        "Has no effect on hard masks."
+                    ),
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "Where to edit, 1 = edit, any size. Multiplied with the latent's noise "
+                        "mask if it has one. None edits everywhere."
+                    ),
+                ),
+            ],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        method: Method,
+        n_max: int,
+        n_min: int,
+        n_avg: int,
+        reanchor: bool,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        if n_min > n_max:
+            raise ValueError(
+                f"n_min is {n_min}, more than n_max ({n_max}): it counts the last of those steps, "
+                "so lower it"
+            )
+        return io.NodeOutput(EditSampler(EditSettings(method, n_max, n_min, n_avg, reanchor, mask)))
+
+
+class EditWithWords(io.ComfyNode):
+    """The common case in one node, built from the others."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PinpointEditWithWords",
+            display_name="Edit with Words",
+            category="pinpoint/edit",
+            description=(
+                "Edits a picture from a source prompt to a target prompt, only where the two "
+                "disagree, and returns the edited latent with the mask."
+            ),
+            search_aliases=["focusflow", "local edit", "prompt edit", "edit image"],
+            enable_expand=True,
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    raw_link=True,
+                    tooltip="A flow model: SD3, SD3.5, Flux, Qwen-Image, Z-Image, Wan …",
+                ),
+                io.Conditioning.Input(
+                    "source", raw_link=True, tooltip="Describes the picture as it is."
+                ),
+                io.Conditioning.Input(
+                    "target", raw_link=True, tooltip="Describes the picture as it shall be."
+                ),
+                io.Latent.Input("latent", raw_link=True, tooltip="The picture, from VAE Encode."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the edit's noise. The mask has its own fixed noise.",
+                ),
+                io.Int.Input(
+                    "steps", default=28, min=1, max=10000, tooltip="Steps of the whole schedule."
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=0.85,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Share of the steps that are run: higher changes shapes, lower only "
+                        "colours and texture. FlowEdit: SD3 0.66, Flux.1 0.86."
+                    ),
+                ),
+                io.Float.Input(
+                    "source_guidance",
+                    default=1.5,
+                    min=0.0,
+                    max=highest_guidance,
+                    step=0.1,
+                    tooltip="Guidance scale of the source prompt. FlowEdit: SD3 3.5, Flux.1 1.5.",
+                ),
+                io.Float.Input(
+                    "target_guidance",
+                    default=5.5,
+                    min=0.0,
+                    max=highest_guidance,
+                    step=0.1,
+                    tooltip="Guidance scale of the target prompt. FlowEdit: SD3 13.5, Flux.1 5.5.",
+                ),
+                io.Float.Input(
+                    "mask_threshold",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="For the automatic mask: lower edits more of the picture.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    raw_link=True,
+                    tooltip="An empty text is usual. Not needed for models with embedded guidance.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    raw_link=True,
+                    tooltip="Where to edit; found automatically if absent.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The edit, for VAE Decode."),
+                io.Mask.Output(display_name="mask", tooltip="Where the picture was edited."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Link,
+        source: Link,
+        target: Link,
+        latent: Link,
+        seed: int,
+        steps: int,
+        strength: float,
+        source_guidance: float,
+        target_guidance: float,
+        mask_threshold: float,
+        negative: Link | None = None,
+        mask: Link | None = None,
+    ) -> io.NodeOutput:
+        arguments.require_finite(
+            strength=strength, source_guidance=source_guidance, target_guidance=target_guidance
+        )
+        graph = GraphBuilder()
+        prompts = {"model": model, "source": source, "target": target}
+        if negative is not None:
+            prompts["negative"] = negative
+        if mask is None:
+            located = graph.node(
+                "PinpointVelocityMask",
+                **prompts,
+                latent=latent,
+                noise_level=0.75,
+                samples=10,
+                guidance=target_guidance,
+                threshold=mask_threshold,
+                softness=0.3,
+                dilation=0,
+                blur=3,
+                seed=0,
+            )
+            mask = located.out(0)
+        guider = graph.node(
+            "PinpointSourceTargetGuider",
+            **prompts,
+            source_guidance=source_guidance,
+            target_guidance=target_guidance,
+            guidance_mode="auto",
+        )
+        sampler = graph.node(
+            "PinpointEditSampler",
+            method="FocusFlow",
+            n_max=max(1, round(steps * strength)),
+            n_min=0,
+            n_avg=1,
+            reanchor=False,
+            mask=mask,
+        )
+        sigmas = graph.node(
+            "BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0
+        )
+        edited = graph.node(
+            "SamplerCustomAdvanced",
+            noise=graph.node("RandomNoise", noise_seed=seed).out(0),
+            guider=guider.out(0),
+            sampler=sampler.out(0),
+            sigmas=sigmas.out(0),
+            latent_image=latent,
+        )
+        return io.NodeOutput(edited.out(0), mask, expand=graph.finalize())
+
+
+nodes = [EditWithWords, SourceTarget, EditSamplerNode]

@@ -1,0 +1,128 @@
+"""What the benches share: the demo models in a real host, counted model calls, and reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from host import base, inprocess
+from portraits import checkpoint, text_encoder
+
+Row = dict[str, Any]
+
+
+class Lab:
+    """The demo checkpoint, loaded by the stock loader of a ComfyUI in this process."""
+
+    def __init__(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="pinpoint-bench-"))
+        self.host = inprocess.start(base.make_base(folder))
+        loader = self.host.nodes["CheckpointLoaderSimple"]()
+        self.model, self.clip, self.vae = loader.load_checkpoint(checkpoint.name)
+        self._tables = text_encoder.embeddings()
+        self._compared = False
+
+    def run(self, node_id: str, **inputs: Any) -> tuple:
+        """Execute one node as ComfyUI would, without a graph, and return its outputs."""
+        node: Any = self.host.nodes[node_id]
+        with torch.inference_mode():
+            if hasattr(node, "execute"):
+                return node.execute(**inputs).args
+            return getattr(node(), node.FUNCTION)(**inputs)
+
+    def prompts(self, texts: Sequence[str]) -> list:
+        """One CONDITIONING whose rows are the prompts.
+
+        The demo's text encoder passes its embeddings through, so they are looked up; a stock
+        encoding takes seconds a prompt. The first prompt is encoded both ways and compared.
+        """
+        tokens = torch.tensor([self._tokens(text) for text in texts])
+        table, places = self._tables
+        context = F.pad(table[tokens].float() + places.float(), (0, 4096 - table.shape[1]))
+        if not self._compared:
+            ((stock, _),) = self.run("CLIPTextEncode", clip=self.clip, text=texts[0])[0]
+            torch.testing.assert_close(context[:1], stock)
+            self._compared = True
+        return [[context, {"pooled_output": torch.zeros(len(texts), 2048)}]]
+
+    def _tokens(self, text: str) -> list[int]:
+        (tokens,) = self.clip.tokenize(text)["l"]
+        return [token for token, _ in tokens]
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) in 0..1 -> LATENT."""
+        return self.run("VAEEncode", pixels=images.movedim(1, -1), vae=self.vae)[0]
+
+    def decode(self, latent: dict[str, Tensor]) -> Tensor:
+        """LATENT -> (B, 3, H, W) in 0..1."""
+        images = self.run("VAEDecode", samples=latent, vae=self.vae)[0]
+        return images.movedim(-1, 1).clamp(0, 1)
+
+    def counting(self, model: Any) -> tuple[Any, Callable[[], int]]:
+        """A clone of a model whose calls are counted, and the count so far."""
+        from comfy.patcher_extension import WrappersMP
+
+        calls = 0
+
+        def count(executor: Callable, *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return executor(*args, **kwargs)
+
+        counted = model.clone()
+        counted.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "pinpoint_bench", count)
+        return counted, lambda: calls
+
+
+def arguments(description: str, count: int) -> argparse.Namespace:
+    """The options that every bench has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--count", type=int, default=count, help="held-out cases")
+    parser.add_argument("--seed", type=int, default=1, help="another seed means other portraits")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    return parser.parse_args()
+
+
+def table(rows: Iterable[Row], columns: Sequence[str]) -> str:
+    """A Markdown table of the rows' columns."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        cells = [row.get(column, "") for column in columns]
+        lines.append("| " + " | ".join(map(_text, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _text(cell: Any) -> str:
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.3f}" if abs(cell) < 1 else f"{cell:.2f}"
+
+
+def report(rows: list[Row], columns: Sequence[str], target: Path | None, notes: str = "") -> None:
+    """Print the table; if a file is named, write the figures as JSON and the table beside it."""
+    command = " ".join(["python", Path(sys.argv[0]).as_posix(), *sys.argv[1:]])
+    command = command[command.index("tests/") :] if "tests/" in command else command
+    text = table(rows, columns)
+    print(text)
+    if target is None:
+        return
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "comfyui": sys.modules["comfyui_version"].__version__,
+    }
+    figures = {"command": f"python {command}", "versions": versions, "rows": rows}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(figures, indent=1) + "\n")
+    heading = f"`python {command}` with {', '.join(f'{k} {v}' for k, v in versions.items())}"
+    target.with_suffix(".md").write_text(f"{heading}\n\n{text}\n\n{notes}".rstrip() + "\n")

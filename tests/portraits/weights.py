@@ -1,0 +1,7 @@
+"""Where the shipped weights of the proving ground lie."""
+
+from pathlib import Path
+
+folder = Path(__file__).parent / "weights"
+codec_file = folder / "taesd_portraits.safetensors"
+transformer_file = folder / "sd3_portraits.safetensors"

