@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..kernels import masks, pictures
 from .host import arguments
-from .host.guiding import SourceTargetGuider
-from .host.locating import HeatSettings, rough_picture, velocity_heat
+from .host.locating import HeatSettings, probing_guider, rough_picture, velocity_heat
 
 
 class VelocityMask(io.ComfyNode):
@@ -52,13 +51,13 @@ class VelocityMask(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "guidance",
-                    default=5.0,
+                    default=1.5,
                     min=0.0,
                     max=100.0,
                     step=0.1,
                     tooltip=(
-                        "Guidance scale of both prompts. Models with embedded guidance "
-                        "(Flux.1-dev) get it as their guidance number."
+                        "Given to models with embedded guidance (Flux.1-dev). Classifier-free "
+                        "guidance cancels out of the mask, so other models run without it."
                     ),
                 ),
                 io.Float.Input(
@@ -103,11 +102,6 @@ class VelocityMask(io.ComfyNode):
                     max=0xFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Sample k draws its noise with seed + 100 k.",
-                ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="For guidance other than 1, except on models with embedded guidance.",
                 ),
                 io.Image.Input(
                     "image",
@@ -161,14 +155,13 @@ class VelocityMask(io.ComfyNode):
         dilation: int,
         blur: int,
         seed: int,
-        negative: io.Conditioning.Type | None = None,
         image: Tensor | None = None,
         clip_low: float = 1.0,
         clip_high: float = 99.0,
     ) -> io.NodeOutput:
         arguments.require_finite(noise_level=noise_level, guidance=guidance, threshold=threshold)
         samples_latent = arguments.latent_samples(model, latent)
-        guider = SourceTargetGuider(model, source, target, negative, guidance, guidance)
+        guider = probing_guider(model, source, target, guidance)
         heat = velocity_heat(
             guider,
             samples_latent,

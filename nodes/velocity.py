@@ -256,6 +256,13 @@ class EditWithWords(io.ComfyNode):
                     step=0.01,
                     tooltip="For the automatic mask: lower edits more of the picture.",
                 ),
+                io.Int.Input(
+                    "mask_blur",
+                    default=3,
+                    min=0,
+                    max=63,
+                    tooltip="For the automatic mask: smooth it over this many latent cells.",
+                ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
@@ -288,6 +295,7 @@ class EditWithWords(io.ComfyNode):
         source_guidance: float,
         target_guidance: float,
         mask_threshold: float,
+        mask_blur: int,
         negative: Link | None = None,
         mask: Link | None = None,
     ) -> io.NodeOutput:
@@ -296,8 +304,6 @@ class EditWithWords(io.ComfyNode):
         )
         graph = GraphBuilder()
         prompts = {"model": model, "source": source, "target": target}
-        if negative is not None:
-            prompts["negative"] = negative
         if mask is None:
             located = graph.node(
                 "PinpointVelocityMask",
@@ -305,11 +311,11 @@ class EditWithWords(io.ComfyNode):
                 latent=latent,
                 noise_level=0.75,
                 samples=10,
-                guidance=target_guidance,
+                guidance=source_guidance,
                 threshold=mask_threshold,
                 softness=0.3,
                 dilation=0,
-                blur=3,
+                blur=mask_blur,
                 seed=0,
             )
             mask = located.out(0)
@@ -319,6 +325,7 @@ class EditWithWords(io.ComfyNode):
             source_guidance=source_guidance,
             target_guidance=target_guidance,
             guidance_mode="auto",
+            **({} if negative is None else {"negative": negative}),
         )
         sampler = graph.node(
             "PinpointEditSampler",

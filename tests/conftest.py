@@ -38,9 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     """A ComfyUI in this process; on the CPU, where the laws can be held to the last bit."""
+    import torch
+
     from host import graphs, inprocess
     from host.base import make_base
 
+    # Tiny models gain nothing from a second thread, and on a busy machine they wait for it.
+    torch.set_num_threads(1)
     host = inprocess.start(make_base(tmp_path_factory.mktemp("base")), cpu=True)
     host.nodes.update(graphs.NODES)
     return host

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 text_width, pooled_width = 64, 32
 """Of the conditionings that these models take."""
+hidden = 128
+"""Width of the tiny SD3 and Flux."""
 latent_channels = 16
 """Of all models here but SD1.5, which has 4."""
 
@@ -43,18 +45,15 @@ class Maker:
         self.weights |= {name: torch.ones(size) for name in names}
 
 
-def sd3(
-    *, depth: int = 2, pooled: bool = True, normalised: bool = False, dual: Iterable[int] = ()
-) -> Weights:
-    """An SD3 transformer of hidden size 64 * depth.
+def sd3(*, pooled: bool = True, normalised: bool = False, dual: Iterable[int] = ()) -> Weights:
+    """An SD3 transformer with two blocks, which for ComfyUI goes with two heads of 64.
 
     Args:
-        depth: number of blocks, and of attention heads.
         pooled: whether it reads the pooled prompt (`y_embedder`).
         normalised: query and key normalisation, as in SD3.5.
         dual: blocks with a second, image-only attention, as in SD3.5-medium.
     """
-    make, hidden = Maker(3), 64 * depth
+    make, depth = Maker(3), 2
     make.normal("x_embedder.proj.weight", hidden, latent_channels, 2, 2, deviation=0.125)
     make.normal("x_embedder.proj.bias", hidden, deviation=0.02)
     make.linear("t_embedder.mlp.0", hidden, 256)
@@ -69,7 +68,6 @@ def sd3(
             _sd3_stream(
                 make,
                 f"joint_blocks.{block}.{stream}.",
-                hidden,
                 normalised,
                 dual=stream == "x_block" and block in dual,
                 last=stream == "context_block" and block == depth - 1,
@@ -79,9 +77,7 @@ def sd3(
     return make.weights
 
 
-def _sd3_stream(
-    make: Maker, name: str, hidden: int, normalised: bool, *, dual: bool, last: bool
-) -> None:
+def _sd3_stream(make: Maker, name: str, normalised: bool, *, dual: bool, last: bool) -> None:
     modulations = 2 if last else 9 if dual else 6
     make.linear(f"{name}adaLN_modulation.1", modulations * hidden, hidden)
     for attention in ("attn", "attn2") if dual else ("attn",):
@@ -98,7 +94,7 @@ def _sd3_stream(
 
 def flux(*, guidance: bool = True) -> Weights:
     """A Flux transformer with one double and one single block; without guidance it is schnell."""
-    make, hidden = Maker(1), 128
+    make = Maker(1)
     make.linear("img_in", hidden, 4 * latent_channels)
     make.linear("txt_in", hidden, text_width)
     embedders = {"time_in": 256, "vector_in": pooled_width, "guidance_in": 256}

@@ -11,10 +11,12 @@ import comfy.model_management
 import comfy.samplers
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...kernels import flow, masks
-from .guiding import SourceTargetGuider
+from . import families
+from .guiding import Conditioning, SourceTargetGuider
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,19 @@ def _require_signal(difference: float, speed: float) -> None:
             f"{share:.1e} of their size), so there is nothing to locate: change the target prompt "
             "or connect a mask"
         )
+
+
+def probing_guider(
+    model: ModelPatcher, source: Conditioning, target: Conditioning, guidance: float
+) -> SourceTargetGuider:
+    """A guider for `velocity_heat` that spends nothing on classifier-free guidance.
+
+    Both prompts are evaluated at the same latent, so the unconditional velocities cancel in
+    `v_target - v_source = w (c_target - c_source)`, and the map is normalised: the scale w cannot
+    change it. Guidance that is embedded in the model does matter and is passed on.
+    """
+    scale = guidance if families.has_embedded_guidance(model) else 1.0
+    return SourceTargetGuider(model, source, target, None, scale, scale)
 
 
 def velocity_heat(guider: SourceTargetGuider, latent: Tensor, settings: HeatSettings) -> Tensor:

@@ -82,18 +82,19 @@ def velocity_masks(lab: Lab, model: Any, case: Case, **changed: Any) -> tuple[Te
     settings = dict(
         noise_level=0.75,
         samples=10,
-        guidance=target_guidance,
+        guidance=source_guidance,
         threshold=0.3,
         softness=0.3,
         dilation=0,
-        blur=3,
+        blur=0,
         seed=case.seed,
     )
     soft, hard, _ = lab.run(
         "PinpointVelocityMask",
         model=model,
         latent=case.latent,
-        **case.prompts,
+        source=case.prompts["source"],
+        target=case.prompts["target"],
         **{**settings, **changed},
     )
     return soft, hard

@@ -35,6 +35,11 @@ class NodeGraph:
         self.nodes[node_id] = {"class_type": class_type, "inputs": inputs, "_meta": {}}
         return Wire(node_id)
 
+    def find(self, class_type: str) -> str:
+        """The id of the only node of a class."""
+        (node_id,) = (i for i, node in self.nodes.items() if node["class_type"] == class_type)
+        return node_id
+
     def give(self, thing: Any) -> Wire:
         """A wire that carries a Python object; in-process graphs only."""
         key = f"{type(thing).__name__} {len(Given.things)}"

@@ -33,6 +33,11 @@ def conditioning(
     return [[text, {"pooled_output": pooled, **extras}]]
 
 
+def with_values(prompt: Conditioning, **values: Any) -> Conditioning:
+    """A prompt with more entries in its dictionaries, as ComfyUI's nodes set them."""
+    return [[text, {**entries, **values}] for text, entries in prompt]
+
+
 class _Probe:
     """Quacks like a sampler, and looks at the model instead of sampling."""
 

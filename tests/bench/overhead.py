@@ -1,0 +1,150 @@
+"""What an edit costs beside its model calls: seconds, calls a step, and memory.
+
+    python tests/bench/overhead.py --count 5 --json tests/bench/results/overhead.json
+
+Runs FocusFlow on the demo model (64 image tokens) and on random SD3 transformers at 1024 and 4096
+tokens. `overhead` is the sampler's time outside model calls over the time inside them, the median
+of `--count` runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from bench.lab import Lab, Row, arguments, report
+
+
+steps = 6
+columns = ["model", "tokens", "calls_per_step", "model_seconds", "overhead_percent"]
+
+
+class Stopwatch:
+    """Times every call of a model."""
+
+    def __init__(self) -> None:
+        self.seconds, self.calls = 0.0, 0
+
+    def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = executor(*args, **kwargs)
+        self.seconds += time.perf_counter() - started
+        self.calls += 1
+        return result
+
+
+def random_sd3(depth: int, side: int) -> Any:
+    """An SD3 transformer of `64 * depth` channels with random weights, for latents up to `side`."""
+    import comfy.ops
+    import comfy.sd
+    from comfy.ldm.modules.diffusionmodules import mmdit
+
+    text = {"in_features": 4096, "out_features": 64 * depth}
+    made = mmdit.OpenAISignatureMMDITWrapper(
+        input_size=None,
+        patch_size=2,
+        in_channels=16,
+        depth=depth,
+        context_embedder_config={"target": "torch.nn.Linear", "params": text},
+        adm_in_channels=2048,
+        num_patches=(side // 2) ** 2,
+        pos_embed_max_size=side // 2,
+        operations=comfy.ops.disable_weight_init,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(value.shape, generator=generator) * 0.02
+        for name, value in made.state_dict().items()
+    }
+    return comfy.sd.load_diffusion_model_state_dict(weights)
+
+
+def random_prompt(seed: int) -> list:
+    """A conditioning of SD3's shape."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(1, 77, 4096, generator=generator)
+    return [[tokens, {"pooled_output": torch.randn(1, 2048, generator=generator)}]]
+
+
+def edit_seconds(lab: Lab, model: Any, side: int) -> tuple[float, Stopwatch]:
+    """Seconds of one FocusFlow sampling inside ComfyUI's sampling call, and its model calls."""
+    from comfy.patcher_extension import WrappersMP
+
+    watch, whole = Stopwatch(), Stopwatch()
+    timed = model.clone()
+    timed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench", watch)
+    timed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "bench", whole)
+    source, target, negative = map(random_prompt, range(3))
+    (guider,) = lab.run(
+        "PinpointSourceTargetGuider",
+        model=timed,
+        source=source,
+        target=target,
+        negative=negative,
+        source_guidance=1.5,
+        target_guidance=5.5,
+        guidance_mode="auto",
+    )
+    mask = torch.zeros(1, side, side)
+    mask[:, : side // 2] = 1
+    (sampler,) = lab.run(
+        "PinpointEditSampler",
+        method="FocusFlow",
+        n_max=steps,
+        n_min=0,
+        n_avg=1,
+        reanchor=False,
+        mask=mask,
+    )
+    (sigmas,) = lab.run("BasicScheduler", model=timed, scheduler="simple", steps=steps, denoise=1.0)
+    (noise,) = lab.run("RandomNoise", noise_seed=1)
+    latent = {"samples": torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(3))}
+    lab.run(
+        "SamplerCustomAdvanced",
+        noise=noise,
+        guider=guider,
+        sampler=sampler,
+        sigmas=sigmas,
+        latent_image=latent,
+    )
+    return whole.seconds, watch
+
+
+def main() -> None:
+    """Time each size and report."""
+    options = arguments(__doc__, 5)
+    lab = Lab()
+    sizes = [
+        ("demo", lab.model, 16),
+        ("SD3, 6 blocks of 384", random_sd3(6, 64), 64),
+        ("SD3, 6 blocks of 384", random_sd3(6, 128), 128),
+    ]
+    rows: list[Row] = []
+    for name, model, side in sizes:
+        edit_seconds(lab, model, side)
+        runs = [edit_seconds(lab, model, side) for _ in range(options.count)]
+        rows.append(
+            {
+                "model": name,
+                "tokens": (side // 2) ** 2,
+                "calls_per_step": runs[0][1].calls / steps,
+                "model_seconds": statistics.median(watch.seconds for _, watch in runs),
+                "overhead_percent": 100
+                * statistics.median((all_ - w.seconds) / w.seconds for all_, w in runs),
+            }
+        )
+        print(rows[-1], flush=True)
+    report(rows, columns, options.json, "Overhead: time outside model calls over time inside them.")
+
+
+if __name__ == "__main__":
+    main()
