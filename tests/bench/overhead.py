@@ -19,8 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from bench.lab import Lab, Row, arguments, report
 
+from bench.lab import Lab, Row, arguments, report
 
 steps = 6
 columns = ["model", "tokens", "calls_per_step", "model_seconds", "overhead_percent"]
@@ -33,6 +33,7 @@ class Stopwatch:
         self.seconds, self.calls = 0.0, 0
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A wrapper in ComfyUI's sense."""
         started = time.perf_counter()
         result = executor(*args, **kwargs)
         self.seconds += time.perf_counter() - started
