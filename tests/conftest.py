@@ -15,6 +15,7 @@ import tiny
 if TYPE_CHECKING:
     from host.inprocess import Host
     from host.server import Server
+    from host.stock import Demo
 
 
 class RootIsNoPackage:
@@ -78,3 +79,12 @@ def tiny_model(host: Host) -> Callable[[str], Any]:
         return stock.call("UNETLoader", unet_name=file, weight_dtype="default")[0]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def demo(host: Host) -> Demo:  # noqa: ARG001
+    """The demo checkpoint, loaded by the stock loader."""
+    from host import stock
+    from portraits import checkpoint
+
+    return stock.Demo(*stock.call("CheckpointLoaderSimple", ckpt_name=checkpoint.name))

@@ -19,7 +19,7 @@ text_width, pooled_width = 64, 32
 hidden = 128
 """Width of the tiny SD3 and Flux."""
 latent_channels = 16
-"""Of all models here but SD1.5, which has 4."""
+"""Of all models here but SD1.5, which has 4, and Flux.2, which has 128."""
 
 Weights = dict[str, Tensor]
 
@@ -168,6 +168,38 @@ def wan() -> Weights:
     return _drawn(model, seed=5)
 
 
+def flux2() -> Weights:
+    """A Flux.2 transformer: 128 latent channels at a sixteenth of the picture's size."""
+    from comfy.ldm.flux.model import Flux
+    from comfy.ops import disable_weight_init
+
+    with torch.device("meta"):
+        model = Flux(
+            in_channels=128,
+            out_channels=128,
+            vec_in_dim=None,
+            context_in_dim=text_width,
+            hidden_size=hidden,
+            mlp_ratio=3.0,
+            num_heads=1,
+            depth=1,
+            depth_single_blocks=1,
+            axes_dim=[32, 32, 32, 32],
+            theta=2000,
+            patch_size=1,
+            qkv_bias=False,
+            guidance_embed=True,
+            txt_ids_dims=[3],
+            global_modulation=True,
+            mlp_silu_act=True,
+            ops_bias=False,
+            default_ref_method="index",
+            ref_index_scale=10.0,
+            operations=disable_weight_init,
+        )
+    return _drawn(model, seed=2)
+
+
 def _drawn(model: nn.Module, seed: int) -> Weights:
     """Weights for a model that has shapes only."""
     make = Maker(seed)
@@ -185,6 +217,7 @@ RECIPES: dict[str, Callable[[], Weights]] = {
     "sd3_bare": lambda: sd3(pooled=False),
     "sd35": lambda: sd3(normalised=True, dual=(0,)),
     "flux": flux,
+    "flux2": flux2,
     "schnell": lambda: flux(guidance=False),
     "sd15": sd15,
     "wan": wan,

@@ -4,7 +4,8 @@
 
 Runs FocusFlow on the demo model (64 image tokens) and on random SD3 transformers at 1024 and 4096
 tokens. `overhead` is the sampler's time outside model calls over the time inside them, the median
-of `--count` runs.
+of `--count` runs. `held` is the most memory that the edit keeps in tensors while the model runs,
+in megabytes and in latents.
 """
 
 from __future__ import annotations
@@ -19,11 +20,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.lab import Lab, Row, arguments, report
 
 steps = 6
-columns = ["model", "tokens", "calls_per_step", "model_seconds", "overhead_percent"]
+columns = [
+    "model",
+    "tokens",
+    "calls_per_step",
+    "model_seconds",
+    "overhead_percent",
+    "held_mb",
+    "held_latents",
+]
 
 
 class Stopwatch:
@@ -39,6 +50,36 @@ class Stopwatch:
         self.seconds += time.perf_counter() - started
         self.calls += 1
         return result
+
+
+class Holdings(TorchDispatchMode):
+    """Follows the tensors that are made, and notes how many bytes live when the model is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most, self.depth = 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.depth == 0:
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if torch.is_tensor(tensor):
+                    storage = tensor.untyped_storage()
+                    self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def at_call(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A wrapper of the model call: what it allocates itself is not the edit's."""
+        self.live = {k: v for k, v in self.live.items() if not v[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.live.values()))
+        self.depth += 1
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            self.depth -= 1
 
 
 def random_sd3(depth: int, side: int) -> Any:
@@ -76,14 +117,32 @@ def random_prompt(seed: int) -> list:
     return [[tokens, {"pooled_output": torch.randn(1, 2048, generator=generator)}]]
 
 
-def edit_seconds(lab: Lab, model: Any, side: int) -> tuple[float, Stopwatch]:
+def timed_edit(lab: Lab, model: Any, side: int) -> tuple[float, Stopwatch]:
     """Seconds of one FocusFlow sampling inside ComfyUI's sampling call, and its model calls."""
+    watch, whole = Stopwatch(), Stopwatch()
+    run_edit(lab, model, side, APPLY_MODEL=watch, SAMPLER_SAMPLE=whole)
+    return whole.seconds, watch
+
+
+def held_bytes(lab: Lab, model: Any, side: int) -> int:
+    """The most that an edit holds in tensors while the model runs."""
+    holdings = Holdings()
+
+    def follow(executor: Callable, *args: Any, **kwargs: Any) -> Any:
+        with holdings:
+            return executor(*args, **kwargs)
+
+    run_edit(lab, model, side, APPLY_MODEL=holdings.at_call, SAMPLER_SAMPLE=follow)
+    return holdings.most
+
+
+def run_edit(lab: Lab, model: Any, side: int, **wrappers: Callable) -> None:
+    """FocusFlow on a random latent, with wrappers around ComfyUI's calls of that name."""
     from comfy.patcher_extension import WrappersMP
 
-    watch, whole = Stopwatch(), Stopwatch()
     timed = model.clone()
-    timed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench", watch)
-    timed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "bench", whole)
+    for kind, wrapper in wrappers.items():
+        timed.add_wrapper_with_key(getattr(WrappersMP, kind), "bench", wrapper)
     source, target, negative = map(random_prompt, range(3))
     (guider,) = lab.run(
         "PinpointSourceTargetGuider",
@@ -117,7 +176,6 @@ def edit_seconds(lab: Lab, model: Any, side: int) -> tuple[float, Stopwatch]:
         sigmas=sigmas,
         latent_image=latent,
     )
-    return whole.seconds, watch
 
 
 def main() -> None:
@@ -131,8 +189,8 @@ def main() -> None:
     ]
     rows: list[Row] = []
     for name, model, side in sizes:
-        edit_seconds(lab, model, side)
-        runs = [edit_seconds(lab, model, side) for _ in range(options.count)]
+        held = held_bytes(lab, model, side)
+        runs = [timed_edit(lab, model, side) for _ in range(options.count)]
         rows.append(
             {
                 "model": name,
@@ -141,6 +199,8 @@ def main() -> None:
                 "model_seconds": statistics.median(watch.seconds for _, watch in runs),
                 "overhead_percent": 100
                 * statistics.median((all_ - w.seconds) / w.seconds for all_, w in runs),
+                "held_mb": held / 2**20,
+                "held_latents": held / (16 * side * side * 4),
             }
         )
         print(rows[-1], flush=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import tiny
 
 from . import stock
 from .graphs import NodeGraph, Wire
@@ -35,6 +37,13 @@ def soft_ramp(latent: Tensor) -> Tensor:
     return torch.linspace(0, 1, width).expand(1, height, width)
 
 
+def latent_for(name: str, batch: int = 1, *size: int, seed: int = 31) -> Tensor:
+    """A latent for one of the tiny models; Wan's are 5-D."""
+    frames = (2,) if name == "wan" else ()
+    channels = {"flux2": 128, "sd15": 4}.get(name, tiny.latent_channels)
+    return picture_latent(batch, *frames, *(size or (8, 8)), channels=channels, seed=seed)
+
+
 @dataclass(frozen=True)
 class Edit:
     """All settings of an edit; `replace` makes another."""
@@ -56,6 +65,8 @@ class Edit:
     source_guidance: float = 1.5
     target_guidance: float = 4.0
     guidance_mode: str = "cfg"
+    schedule: Tensor | None = None
+    """Sigmas in place of a scheduler's."""
 
     def having(self, **changes: Any) -> Edit:
         """The same edit with other settings."""
@@ -92,7 +103,9 @@ class Edit:
         }
 
     def sigmas(self) -> Tensor:
-        """The schedule."""
+        """The schedule, `steps` + 1 numbers."""
+        if self.schedule is not None:
+            return self.schedule
         return stock.call(
             "BasicScheduler", model=self.model, scheduler="simple", steps=self.steps, denoise=1.0
         )[0]
@@ -159,6 +172,84 @@ class Edit:
         loop = published_loop if self.method == "FocusFlow as published" else delta_loop
         edited = loop(self, clean, lambda s: masks(s)[:, None], velocity)
         return self.model.model.process_latent_out(edited)
+
+
+def edit_for(model: Any, name: str, **settings: Any) -> Edit:
+    """An edit with a tiny model, in the guidance mode that a person would get."""
+    return Edit(model, **{"latent": latent_for(name), "guidance_mode": "auto", **settings})
+
+
+@dataclass(frozen=True)
+class MaskSearch:
+    """All settings of a Velocity Mask."""
+
+    model: Any
+    latent: Tensor = field(default_factory=picture_latent)
+    noise_level: float = 0.75
+    samples: int = 3
+    guidance: float = 4.0
+    threshold: float = 0.3
+    softness: float = 0.3
+    dilation: int = 0
+    blur: int = 3
+    seed: int = 5
+    source: stock.Conditioning = field(default_factory=lambda: stock.conditioning(1))
+    target: stock.Conditioning = field(default_factory=lambda: stock.conditioning(2))
+    extras: dict[str, Any] = field(default_factory=dict)
+    """Optional inputs."""
+
+    def having(self, **changes: Any) -> MaskSearch:
+        """The same search with other settings."""
+        return replace(self, **changes)
+
+    def widgets(self) -> dict[str, Any]:
+        """The inputs that are values."""
+        wires = ("model", "latent", "source", "target", "extras")
+        names = (item.name for item in fields(self) if item.name not in wires)
+        return {name: getattr(self, name) for name in names} | self.extras
+
+    def things(self) -> dict[str, Any]:
+        """The inputs that come by wire."""
+        prompts = {"source": self.source, "target": self.target}
+        return {"model": self.model, "latent": {"samples": self.latent}, **prompts}
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Soft mask, hard mask and heat map."""
+        return stock.call("PinpointVelocityMask", **self.things(), **self.widgets())
+
+    def graph(self) -> tuple[NodeGraph, Wire]:
+        """The same search as a graph for the executor, and the wire with its soft mask."""
+        graph = NodeGraph()
+        wires = {name: graph.give(thing) for name, thing in self.things().items()}
+        return graph, graph.keep(graph.add("PinpointVelocityMask", **wires, **self.widgets()))
+
+
+def contents(thing: Any) -> Any:
+    """Everything in nested containers, the leaves by identity, to be compared later."""
+    if isinstance(thing, dict):
+        return {key: contents(value) for key, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [contents(value) for value in thing]
+    return id(thing)
+
+
+def patcher_state(model: Any) -> Any:
+    """What a ModelPatcher would show of a change, to be compared later."""
+    names = (
+        "model_options",
+        "patches",
+        "object_patches",
+        "weight_wrapper_patches",
+        "wrappers",
+        "callbacks",
+        "injections",
+        "attachments",
+        "additional_models",
+        "hook_patches",
+        "patches_uuid",
+    )
+    hooks = [module._forward_hooks or module._forward_pre_hooks for module in model.model.modules()]
+    return {name: contents(getattr(model, name)) for name in names}, any(hooks)
 
 
 def noises(seed: int, like: Tensor) -> Iterator[Tensor]:

@@ -17,6 +17,8 @@ import tiny
 from . import stock
 
 Model = Any
+Hook = Callable[..., Any]
+Arguments = dict[str, Any]
 
 FACTOR = {0: 1.1, 1: 0.8}
 """By what a hook scales conditional (0) and unconditional (1) rows; it knows no other index."""
@@ -26,6 +28,11 @@ def scaled(rows: Tensor, kinds: list[int]) -> Tensor:
     """Scale each chunk of a batch by the factor of its kind."""
     chunks = rows.chunk(len(kinds))
     return torch.cat([chunk * FACTOR[kind] for chunk, kind in zip(chunks, kinds, strict=True)])
+
+
+def options_in(args: tuple[Any, ...]) -> dict[str, Any]:
+    """The transformer options among a model call's arguments, whose order models differ in."""
+    return next(arg for arg in args if isinstance(arg, dict) and "cond_or_uncond" in arg)
 
 
 def lora_weights() -> dict[str, Tensor]:
@@ -50,7 +57,7 @@ def lora(model: Model) -> Model:
 def model_function_wrapper(model: Model) -> Model:
     """The oldest hook: around every call of the model."""
 
-    def wrapper(apply_model, args):
+    def wrapper(apply_model: Hook, args: Arguments) -> Tensor:
         assert args["c"]["transformer_options"]["cond_or_uncond"] == args["cond_or_uncond"]
         out = apply_model(args["input"], args["timestep"], **args["c"])
         return scaled(out, args["cond_or_uncond"]) + 0.1 * args["input"]
@@ -63,7 +70,7 @@ def model_function_wrapper(model: Model) -> Model:
 def attention_override(model: Model) -> Model:
     """Around every attention."""
 
-    def override(attention, q, *args, **kwargs):
+    def override(attention: Hook, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = attention(q, *args, **kwargs)
         return scaled(out, kwargs["transformer_options"]["cond_or_uncond"])
 
@@ -75,31 +82,25 @@ def attention_override(model: Model) -> Model:
 def wrapper(kind: str) -> Callable[[Model], Model]:
     """A hook that adds one of the wrappers of `comfy.patcher_extension`."""
 
-    def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-        kinds = transformer_options["cond_or_uncond"]
-        out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        return scaled(out, kinds) + 0.1 * x
+    def apply_model(executor: Hook, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return scaled(executor(x, *args, **kwargs), options_in(args)["cond_or_uncond"]) + 0.1 * x
 
-    def diffusion_model(executor, x, *args, **kwargs):
-        options = next(arg for arg in args if isinstance(arg, dict) and "cond_or_uncond" in arg)
-        return scaled(executor(x, *args, **kwargs), options["cond_or_uncond"]) + 0.1 * x
+    def diffusion_model(executor: Hook, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return scaled(executor(x, *args, **kwargs), options_in(args)["cond_or_uncond"]) + 0.1 * x
 
-    def calc_cond_batch(executor, model, conds, x, timestep, options):
-        return [0.9 * out + 0.1 * x for out in executor(model, conds, x, timestep, options)]
+    def calc_cond_batch(
+        executor: Hook, model: Any, conds: list, x: Tensor, *args: Any
+    ) -> list[Tensor]:
+        return [0.9 * out + 0.1 * x for out in executor(model, conds, x, *args)]
 
-    def predict_noise(executor, x, timestep, options, seed):
-        return 0.9 * executor(x, timestep, options, seed) + 0.1 * x.sin()
-
-    def around_all(executor, *args, **kwargs):
-        return executor(*args, **kwargs)
+    def predict_noise(executor: Hook, x: Tensor, *args: Any) -> Tensor:
+        return 0.9 * executor(x, *args) + 0.1 * x.sin()
 
     wrappers = {
         "apply_model": apply_model,
         "diffusion_model": diffusion_model,
         "calc_cond_batch": calc_cond_batch,
         "predict_noise": predict_noise,
-        "outer_sample": around_all,
-        "sampler_sample": around_all,
     }
 
     def install(model: Model) -> Model:
@@ -113,7 +114,7 @@ def wrapper(kind: str) -> Callable[[Model], Model]:
 def cfg_function(model: Model) -> Model:
     """In place of classifier-free guidance."""
 
-    def guide(args):
+    def guide(args: Arguments) -> Tensor:
         difference = args["cond"] - args["uncond"]
         return args["uncond"] + 0.7 * args["cond_scale"] * difference + 0.1 * args["input"]
 
@@ -125,7 +126,7 @@ def cfg_function(model: Model) -> Model:
 def before_cfg(model: Model) -> Model:
     """Between the model and classifier-free guidance."""
 
-    def change(args):
+    def change(args: Arguments) -> list[Tensor]:
         cond, uncond = args["conds_out"]
         return [1.1 * cond + 0.1 * args["input"], 0.8 * uncond]
 
@@ -138,7 +139,7 @@ def after_cfg(model: Model) -> Model:
     """After classifier-free guidance, with a model call of its own, as attention guidance has."""
     import comfy.samplers
 
-    def change(args):
+    def change(args: Arguments) -> Tensor:
         own = comfy.samplers.calc_cond_batch(
             args["model"], [args["cond"]], args["input"], args["sigma"], args["model_options"]
         )[0]
@@ -153,7 +154,7 @@ def cond_batch_function(model: Model) -> Model:
     """In place of the model calls of a step."""
     import comfy.samplers
 
-    def evaluate(args):
+    def evaluate(args: Arguments) -> list[Tensor]:
         outs = comfy.samplers.calc_cond_batch(
             args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
         )
@@ -204,7 +205,7 @@ def control() -> Any:
     direction = torch.linspace(-1, 1, tiny.hidden)
 
     class Control(ControlBase):
-        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):  # noqa: ARG002
+        def get_control(self, x_noisy: Tensor, t: Tensor, *_: Any) -> dict[str, list[Tensor]]:
             tokens = -(-x_noisy.shape[-2] // 2) * -(-x_noisy.shape[-1] // 2)
             strength = t.view(-1) / t.max() + x_noisy.flatten(1).mean(1)
             hint = (strength[:, None, None] * direction).expand(-1, tokens, -1)

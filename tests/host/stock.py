@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ Conditioning = list[Any]
 
 def call(class_type: str, **inputs: Any) -> tuple[Any, ...]:
     """Run one node as the executor does, and return its outputs."""
-    import nodes
-
+    # To a type checker, a plain import of `nodes` would be of our own.
+    nodes: Any = importlib.import_module("nodes")
     node = nodes.NODE_CLASS_MAPPINGS[class_type]
     with torch.inference_mode():
         result = getattr(node(), node.FUNCTION)(**inputs)
@@ -38,16 +39,28 @@ def with_values(prompt: Conditioning, **values: Any) -> Conditioning:
     return [[text, {**entries, **values}] for text, entries in prompt]
 
 
+class Demo(NamedTuple):
+    """The demo checkpoint, as the stock loader gives it."""
+
+    model: Any
+    clip: Any
+    vae: Any
+
+    def prompt(self, text: str) -> Conditioning:
+        """The conditioning of a text."""
+        return call("CLIPTextEncode", clip=self.clip, text=text)[0]
+
+
 class _Probe:
     """Quacks like a sampler, and looks at the model instead of sampling."""
 
     def __init__(self, look: Callable[[Any, dict[str, Any]], Any]):
         self.look = look
 
-    def sample(
-        self, model_wrap, _sigmas, extra_args, _callback, _noise, latent_image, *_args
-    ) -> Tensor:
-        self.seen = self.look(model_wrap, extra_args)
+    def sample(self, guider: Any, _sigmas: Tensor, extra_args: dict, *args: Any) -> Tensor:
+        """ComfyUI's sampler interface; returns the latent as it came."""
+        _callback, _noise, latent_image, *_ = args
+        self.seen = self.look(guider, extra_args)
         return latent_image
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# (batch, height, width)
+# Of batch, height and width.
 SIZES = {"square": (1, 8, 8), "odd batch": (3, 7, 11), "one row": (2, 1, 9), "one cell": (1, 1, 1)}
 sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 windows = pytest.mark.parametrize("window", [2, 3, 4, 5, 9, 63])
@@ -84,7 +84,7 @@ def test_masks_keep_their_dtype_and_range(masks: ModuleType, dtype: torch.dtype)
     }
     for name, result in results.items():
         assert result.dtype == dtype, name
-        assert 0 <= result.min(), name
+        assert result.min() >= 0, name
         assert result.max() <= 1, name
 
 

@@ -66,6 +66,10 @@ def pictures(portraits: list[Portrait], size: int = 128, chunk: int = 64) -> Ten
 
 
 def demo_case(seed: int = 0) -> tuple[np.ndarray, str, str]:
-    """A held-out portrait as (H, W, 3) uint8 with a source and a target prompt."""
-    edit = edits("demo", seed, 1)[0]
+    """A held-out portrait as (H, W, 3) uint8 with a source and a target prompt.
+
+    The attributes come in turn with the seed, starting with the hat.
+    """
+    turn = list(attributes).index("hat") + seed
+    edit = edits("demo", seed, 1 + turn % len(attributes))[-1]
     return pictures([edit.source])[0].permute(1, 2, 0).numpy(), *edit.prompts

@@ -1,0 +1,119 @@
+"""Make the pictures that ComfyUI's template browser shows for the workflows.
+
+    python tests/host/thumbnails.py [NAME ...]
+
+Runs each demo workflow on the demo portrait in a real server and writes `workflows/<name>.jpg`.
+Workflows whose models do not ship get the one-node workflow's pictures and the model's name. To be
+run again when a workflow, the demo portrait or the demo weights change.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from PIL import Image, ImageDraw, ImageFont
+
+from host.demo import PICTURES, PORTRAIT, drawn_case, fresh_base, png
+from host.options import WORKFLOWS
+from host.server import Server
+
+SIZE = 512  # the browser's cards are square
+TILE, GAP = 254, 4
+INK, DIM, PAPER, STRIP = (240, 240, 240), (170, 170, 170), (38, 38, 42), (150, 60, 40)
+QUALITY, LARGEST = 90, 60_000
+
+NEEDS = {
+    "focusflow_sd35_medium": ("focusflow", "SD3.5 medium"),
+    "focusflow_flux1_dev": ("focusflow", "Flux.1-dev"),
+}
+"""Workflow -> the demo workflow in whose place it stands, and the model that it needs."""
+
+Pictures = dict[str, Image.Image]
+
+
+def main(names: list[str]) -> None:
+    """Write the thumbnails of the named workflows, of all of them if none is named."""
+    workflows = {file.stem: json.loads(file.read_text("utf-8")) for file in workflow_files(names)}
+    shown = {name: NEEDS.get(name, (name, ""))[0] for name in workflows}
+    results: dict[str, Pictures] = {}
+    with fresh_base() as base, Server(base) as server:
+        server.upload_image(PORTRAIT, png(drawn_case(0).image))
+        for name in sorted(set(shown.values())):
+            print(f"running {name}", flush=True)
+            results[name] = run(server, json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8")))
+    for name, workflow in workflows.items():
+        needs = NEEDS.get(name, ("", ""))[1]
+        file = WORKFLOWS / f"{name}.jpg"
+        thumbnail(results[shown[name]], title(workflow), needs).save(file, quality=QUALITY)
+        if file.stat().st_size > LARGEST:
+            raise SystemExit(f"{file} has {file.stat().st_size} bytes: lower QUALITY")
+        print(file, flush=True)
+
+
+def workflow_files(names: list[str]) -> list[Path]:
+    """The files of the named workflows."""
+    files = sorted(WORKFLOWS.glob("*.json"))
+    unknown = set(names) - {file.stem for file in files}
+    if unknown:
+        raise SystemExit(f"there is no workflow called {', '.join(sorted(unknown))}")
+    return [file for file in files if not names or file.stem in names]
+
+
+def run(server: Server, workflow: dict[str, Any]) -> Pictures:
+    """What a workflow saves as `pinpoint/source`, `pinpoint/mask` and `pinpoint/edit`."""
+    graph = server.convert(workflow)
+    outputs = server.run(graph)
+    savers = {node["inputs"].get("filename_prefix"): node_id for node_id, node in graph.items()}
+    saved = {
+        name: outputs[savers[f"pinpoint/{name}"]]["images"][0]
+        for name in PICTURES
+        if f"pinpoint/{name}" in savers
+    }
+    return {name: Image.open(io.BytesIO(server.view(**file))) for name, file in saved.items()}
+
+
+def title(workflow: dict[str, Any]) -> str:
+    """The title of a workflow's note."""
+    (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    return note["title"]
+
+
+def thumbnail(pictures: Pictures, title: str, needs: str) -> Image.Image:
+    """Source and edit over the mask, if there is one, and the title."""
+    sheet = Image.new("RGB", (SIZE, SIZE), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    right = TILE + GAP
+    places = {"source": (0, 0), "edit": (right, 0), "mask": (0, right)}
+    for name, picture in pictures.items():
+        tile = picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
+        sheet.paste(tile, places[name])
+        x, y = places[name]
+        draw.text((x + 10, y + TILE - 30), name, INK, font(18), stroke_width=2, stroke_fill=PAPER)
+    left, columns = (right, 17) if "mask" in pictures else (0, 36)
+    y = right + 24
+    for line in textwrap.wrap(title, columns):
+        draw.text((left + 16, y), line, INK, font(26))
+        y += 34
+    if needs:
+        draw.text((left + 16, SIZE - 84), "pictures: demo model", DIM, font(18))
+        draw.rectangle((right, SIZE - 54, SIZE, SIZE), STRIP)
+        draw.text((right + 16, SIZE - 40), f"needs {needs}", INK, font(22))
+    else:
+        draw.text((left + 16, SIZE - 40), "Pinpoint", DIM, font(20))
+    return sheet
+
+
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, the same on every machine."""
+    return ImageFont.load_default(size=size)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

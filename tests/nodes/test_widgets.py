@@ -1,0 +1,220 @@
+"""Every widget of every node: what ComfyUI checks, and what reaches a node by wire unchecked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from host import stock
+from host.edits import picture_latent
+from host.graphs import NodeGraph
+from host.inprocess import Host
+from host.prompts import PromptFailed, PromptRejected
+
+TinyModel = Callable[[str], Any]
+
+NODES = (
+    "PinpointVelocityMask",
+    "PinpointSourceTargetGuider",
+    "PinpointEditSampler",
+    "PinpointEditWithWords",
+    "PinpointCompositeEdit",
+)
+nodes = pytest.mark.parametrize("class_type", NODES)
+
+# Small enough to run, where a widget's default is made for real models.
+QUICK = {"steps": 4, "n_max": 3, "samples": 2}
+
+
+@pytest.fixture
+def things(tiny_model: TinyModel) -> dict[str, Any]:
+    """Something for every wire, by the wire's type or the input's name."""
+    picture = torch.rand(1, 64, 64, 3)
+    return {
+        "MODEL": tiny_model("sd3"),
+        "source": stock.conditioning(1),
+        "target": stock.conditioning(2),
+        "negative": stock.conditioning(3),
+        "LATENT": {"samples": picture_latent()},
+        "IMAGE": picture,
+        "MASK": torch.ones(1, 64, 64),
+    }
+
+
+def inputs_of(host: Host, class_type: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Name, type and options of a node's inputs; the type of a list of choices is that list."""
+    types = host.nodes[class_type].INPUT_TYPES()  # type: ignore[attr-defined]
+    for group in ("required", "optional"):
+        for name, (kind, *options) in types.get(group, {}).items():
+            yield name, kind, options[0] if options else {}
+
+
+def graph_of(host: Host, class_type: str, things: dict[str, Any]) -> NodeGraph:
+    """A graph in which the node has all its inputs and works."""
+    graph, inputs = NodeGraph(), {}
+    for name, kind, options in inputs_of(host, class_type):
+        if kind in ("INT", "FLOAT", "BOOLEAN", "COMBO"):
+            default = options.get("default", options.get("options", [None])[0])
+            inputs[name] = QUICK.get(name, default)
+        else:
+            inputs[name] = graph.give(things[kind if kind in things else name])
+    node = graph.add(class_type, **inputs)
+    if class_type == "PinpointEditSampler":
+        _sample_with(graph, things, sampler=node)
+    elif class_type == "PinpointSourceTargetGuider":
+        _sample_with(graph, things, guider=node)
+    else:
+        graph.keep(node)
+    return graph
+
+
+def _sample_with(graph: NodeGraph, things: dict[str, Any], **part: Any) -> None:
+    model = graph.give(things["MODEL"])
+    others = {
+        "noise": lambda: graph.add("RandomNoise", noise_seed=1),
+        "sigmas": lambda: graph.add(
+            "BasicScheduler", model=model, scheduler="simple", steps=4, denoise=1.0
+        ),
+        "latent_image": lambda: graph.give(things["LATENT"]),
+        "guider": lambda: graph.add(
+            "PinpointSourceTargetGuider",
+            model=model,
+            **{name: graph.give(things[name]) for name in ("source", "target", "negative")},
+            **dict(source_guidance=1.5, target_guidance=4.0, guidance_mode="auto"),
+        ),
+        "sampler": lambda: graph.add(
+            "PinpointEditSampler",
+            **dict(method="FocusFlow", n_max=3, n_min=0, n_avg=1, reanchor=False),
+        ),
+    }
+    missing = {name: make() for name, make in others.items() if name not in part}
+    graph.keep(graph.add("SamplerCustomAdvanced", **missing, **part))
+
+
+def outcome(host: Host, graph: NodeGraph) -> str:
+    """How a prompt ends: "success", or what is said."""
+    try:
+        host.execute(graph.nodes)
+    except PromptRejected as rejected:
+        return f"rejected: {rejected}"
+    except PromptFailed as failed:
+        return f"{failed.exception_type}: {failed.message}"
+    return "success"
+
+
+def numbers(host: Host, class_type: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The inputs that are numbers."""
+    for name, kind, options in inputs_of(host, class_type):
+        if kind in ("INT", "FLOAT"):
+            yield name, kind, options
+
+
+def beyond(kind: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The nearest values outside a widget's range."""
+    step = 1 if kind == "INT" else 0.01
+    return options["min"] - step, options["max"] + step
+
+
+def test_the_pack_has_these_nodes(pack: ModuleType) -> None:
+    """So that a new node is added to the checks below."""
+    assert {node.define_schema().node_id for node in pack.nodes.all_nodes} == set(NODES)
+
+
+@nodes
+def test_every_node_works_with_its_defaults(
+    host: Host, things: dict[str, Any], class_type: str
+) -> None:
+    assert outcome(host, graph_of(host, class_type, things)) == "success"
+
+
+@nodes
+def test_every_number_has_a_range_and_every_input_and_output_a_tooltip(
+    host: Host, class_type: str
+) -> None:
+    for name, _, options in inputs_of(host, class_type):
+        assert options.get("tooltip"), name
+    for name, kind, options in numbers(host, class_type):
+        assert options["min"] <= options["default"] <= options["max"], (name, kind)
+    schema = host.nodes[class_type].define_schema()  # type: ignore[attr-defined]
+    assert all(output.tooltip for output in schema.outputs)
+    assert schema.description
+    assert schema.display_name
+    assert schema.category.startswith("pinpoint/")
+
+
+@nodes
+def test_missing_inputs_are_named(host: Host, things: dict[str, Any], class_type: str) -> None:
+    required = host.nodes[class_type].INPUT_TYPES()["required"]  # type: ignore[attr-defined]
+    for name in required:
+        graph = graph_of(host, class_type, things)
+        del graph.nodes[graph.find(class_type)]["inputs"][name]
+        assert outcome(host, graph).endswith(f"Required input is missing: {name}")
+
+
+@nodes
+def test_values_out_of_range_are_rejected_before_anything_runs(
+    host: Host, things: dict[str, Any], class_type: str
+) -> None:
+    for name, kind, options in numbers(host, class_type):
+        for value in (*beyond(kind, options), -(10**30), 10**30):
+            graph = graph_of(host, class_type, things)
+            graph.nodes[graph.find(class_type)]["inputs"][name] = value
+            said = outcome(host, graph)
+            assert said.startswith("rejected: "), f"{name} = {value}: {said}"
+            assert name in said
+
+
+@nodes
+@pytest.mark.parametrize("by_wire", [False, True], ids=["typed", "by wire"])
+def test_no_number_may_be_nan(
+    host: Host, things: dict[str, Any], class_type: str, by_wire: bool
+) -> None:
+    """Python's JSON reader takes NaN, and ComfyUI's range checks let it through."""
+    found = {}
+    for name, kind, _ in numbers(host, class_type):
+        if kind == "INT":
+            continue
+        graph = graph_of(host, class_type, things)
+        value = graph.give(math.nan) if by_wire else math.nan
+        graph.nodes[graph.find(class_type)]["inputs"][name] = value
+        found[name] = outcome(host, graph)
+    wrong = {
+        name: said
+        for name, said in found.items()
+        if not said.startswith(f"ValueError: {name} is nan: ")
+    }
+    assert not wrong
+
+
+@nodes
+@pytest.mark.timeout(60)
+def test_values_out_of_range_by_wire_are_refused_in_a_sentence(
+    host: Host, things: dict[str, Any], class_type: str
+) -> None:
+    """ComfyUI checks the range of typed values only."""
+    wrong = {}
+    for name, kind, options in numbers(host, class_type):
+        for value in (*beyond(kind, options), *([math.inf] if kind == "FLOAT" else [])):
+            graph = graph_of(host, class_type, things)
+            graph.nodes[graph.find(class_type)]["inputs"][name] = graph.give(value)
+            said = outcome(host, graph)
+            if not said.startswith(f"ValueError: {name} is {value:g}"):
+                wrong[f"{name} = {value}"] = said
+    assert not wrong
+
+
+@nodes
+def test_unknown_choices_by_wire_are_refused_in_a_sentence(
+    host: Host, things: dict[str, Any], class_type: str
+) -> None:
+    for name, kind, _ in inputs_of(host, class_type):
+        if kind != "COMBO":
+            continue
+        graph = graph_of(host, class_type, things)
+        graph.nodes[graph.find(class_type)]["inputs"][name] = graph.give("something else")
+        assert outcome(host, graph).startswith(f"ValueError: {name} is something else")

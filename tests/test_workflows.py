@@ -1,0 +1,265 @@
+"""The example workflows: whole, readable, and run by a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import re
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from host.comfyui import PACK
+from host.inprocess import Host
+from host.options import WORKFLOWS
+from host.server import Server
+from portraits import demo_case
+
+Workflow = dict[str, Any]
+Pictures = dict[str, np.ndarray]
+
+NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
+REAL_WEIGHTS = {
+    "focusflow_sd35_medium": {"ckpt_name"},
+    "focusflow_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
+}
+"""Workflow -> the inputs that name a file which does not ship."""
+DEMOS = [name for name in NAMES if name not in REAL_WEIGHTS]
+PORTRAIT = "pinpoint_portrait.png"
+TITLE_HEIGHT = 30
+
+every = pytest.mark.parametrize("name", NAMES)
+
+
+@cache
+def load(name: str) -> Workflow:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pictures(server: Server) -> dict[str, Pictures]:
+    """What each demo workflow saves for the demo portrait, by the last part of the prefix."""
+    assert server.upload_image(PORTRAIT, portrait_file()) == PORTRAIT
+    return {name: run(server, name) for name in DEMOS}
+
+
+def portrait_file() -> bytes:
+    """The demo portrait as a PNG file."""
+    portrait, *_ = demo_case(0)
+    buffer = io.BytesIO()
+    Image.fromarray(portrait).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def run(server: Server, name: str) -> Pictures:
+    graph = server.convert(load(name))
+    outputs = server.run(graph)
+    saved = {}
+    for node_id, node in graph.items():
+        if node["class_type"] == "SaveImage":
+            folder, _, picture = node["inputs"]["filename_prefix"].partition("/")
+            assert folder == "pinpoint"
+            content = server.view(**outputs[node_id]["images"][0])
+            saved[picture] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    return saved
+
+
+# The files
+
+
+def test_there_are_the_promised_ones() -> None:
+    assert {"focusflow", "focusflow_parts", "flowedit", "sdedit", *REAL_WEIGHTS} <= set(NAMES)
+
+
+@every
+def test_thumbnail(name: str) -> None:
+    file = WORKFLOWS / f"{name}.jpg"
+    assert Image.open(file).size == (512, 512)
+    assert file.stat().st_size <= 60_000
+
+
+@every
+def test_links_are_known_at_both_ends(name: str) -> None:
+    workflow = load(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link for link in workflow["links"]}
+    assert len(nodes) == len(workflow["nodes"])
+    assert len(links) == len(workflow["links"])
+    assert workflow["last_node_id"] == max(nodes)
+    assert workflow["last_link_id"] == max(links)
+    for link, source, slot, target, place, kind in links.values():
+        output, entry = nodes[source]["outputs"][slot], nodes[target]["inputs"][place]
+        assert link in output["links"]
+        assert entry["link"] == link
+        assert kind == output["type"] == entry["type"]
+    ends = [i["link"] for node in nodes.values() for i in node["inputs"] if i["link"] is not None]
+    starts = [i for node in nodes.values() for o in node["outputs"] for i in o["links"] or ()]
+    assert sorted(ends) == sorted(starts) == sorted(links)
+
+
+@every
+def test_nodes_say_where_they_come_from(name: str) -> None:
+    project = (PACK / "pyproject.toml").read_text("utf-8")
+    (version,) = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
+    for node in load(name)["nodes"]:
+        properties = node["properties"]
+        if node["type"] == "MarkdownNote":
+            continue
+        assert properties["Node name for S&R"] == node["type"]
+        if node["type"].startswith("Pinpoint"):
+            assert (properties["cnr_id"], properties["ver"]) == ("pinpoint", version)
+        else:
+            assert properties["cnr_id"] == "comfy-core"
+
+
+@every
+def test_nodes_do_not_overlap(name: str) -> None:
+    for a, b in combinations(load(name)["nodes"], 2):
+        apart = [
+            a["pos"][axis] + a["size"][axis] + margin <= b["pos"][axis]
+            or b["pos"][axis] + b["size"][axis] + margin <= a["pos"][axis]
+            for axis, margin in ((0, 0), (1, TITLE_HEIGHT))
+        ]
+        assert any(apart), f"{a['type']} {a['id']} and {b['type']} {b['id']}"
+
+
+@every
+def test_every_node_is_in_one_group_or_is_the_note(name: str) -> None:
+    workflow = load(name)
+    for node in workflow["nodes"]:
+        left, top = node["pos"][0], node["pos"][1] - TITLE_HEIGHT
+        right, bottom = left + node["size"][0], node["pos"][1] + node["size"][1]
+        around = [
+            group
+            for group in workflow["groups"]
+            for x, y, width, height in [group["bounding"]]
+            if x <= left and y <= top and right <= x + width and bottom <= y + height
+        ]
+        assert len(around) == (0 if node["type"] == "MarkdownNote" else 1), node["type"]
+
+
+@every
+def test_a_note_tells_what_to_do_and_where_the_model_goes(name: str) -> None:
+    (note,) = (node for node in load(name)["nodes"] if node["type"] == "MarkdownNote")
+    (text,) = note["widgets_values"]
+    assert text.startswith(f"## {note['title']}\n")
+    assert "**Too weak?**" in text or "**Edit too weak?**" in text
+    assert "**Model.**" in text or "**Models.**" in text
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_prompts_are_those_of_the_demo_portrait(name: str) -> None:
+    _, source, target = demo_case(0)
+    texts = {
+        node["title"]: node["widgets_values"]
+        for node in load(name)["nodes"]
+        if node["type"] == "CLIPTextEncode"
+    }
+    assert texts["Target prompt"] == [target]
+    assert texts.get("Source prompt", [source]) == [source]
+    assert texts["Negative prompt"] == [""]
+
+
+@pytest.mark.parametrize("name", REAL_WEIGHTS)
+def test_models_can_be_downloaded(name: str) -> None:
+    """ComfyUI offers a download for `models` whose name is a widget's value."""
+    models = [
+        (model, node["widgets_values"])
+        for node in load(name)["nodes"]
+        for model in node["properties"].get("models", ())
+    ]
+    assert len(models) == len(REAL_WEIGHTS[name])
+    (note,) = (node for node in load(name)["nodes"] if node["type"] == "MarkdownNote")
+    for model, values in models:
+        assert model["name"] in values
+        assert model["url"].startswith("https://huggingface.co/")
+        assert model["url"].endswith(f"/{model['name']}")
+        assert f"]({model['url']})" in note["widgets_values"][0]
+        assert f"*models/{model['directory']}*" in note["widgets_values"][0]
+
+
+# On a server
+
+
+def widget_values(inputs: dict[str, Any]) -> int:
+    """How many values the web page saves for a node's widgets."""
+    kinds = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    count = 0
+    for section in ("required", "optional"):
+        for kind, *options in inputs.get(section, {}).values():
+            if isinstance(kind, list) or kind in kinds:
+                extras = options[0] if options else {}
+                # A seed has a second widget, and so has a picture that can be uploaded.
+                count += 1 + bool(extras.get("control_after_generate"))
+                count += bool(extras.get("image_upload"))
+    return count
+
+
+@every
+def test_every_input_gets_a_value(server: Server, name: str) -> None:
+    """Widgets are saved by position: a value too many or too few gives the rest to the wrong."""
+    known = server.object_info()
+    graph = server.convert(load(name))
+    for node in load(name)["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        declared = known[node["type"]]["input"]
+        assert len(node["widgets_values"]) == widget_values(declared), node["type"]
+        given = graph[str(node["id"])]["inputs"]
+        optional = declared.get("optional", {})
+        assert declared["required"].keys() <= given.keys(), node["type"]
+        assert given.keys() <= declared["required"].keys() | optional.keys(), node["type"]
+
+
+@pytest.mark.parametrize("name", REAL_WEIGHTS)
+def test_only_the_weights_are_missing(server: Server, host: Host, name: str) -> None:
+    import execution
+
+    (host.base / "input" / PORTRAIT).write_bytes(portrait_file())
+    graph = server.convert(load(name))
+    # The source is saved without any model, so ComfyUI would run the graph for that alone.
+    (edit,) = (i for i, node in graph.items() if "pinpoint/edit" in node["inputs"].values())
+    valid, *_, errors = asyncio.run(execution.validate_prompt("check", graph, [edit]))
+    reasons = [
+        (reason["type"], reason["extra_info"]["input_name"])
+        for entry in errors.values()
+        for reason in entry["errors"]
+    ]
+    assert not valid
+    assert sorted(reasons) == sorted(("value_not_in_list", i) for i in REAL_WEIGHTS[name])
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_demo_workflow_edits_the_portrait(pictures: dict[str, Pictures], name: str) -> None:
+    portrait, *_ = demo_case(0)
+    saved = pictures[name]
+    assert np.array_equal(saved["source"], portrait)
+    assert all(picture.shape == portrait.shape for picture in saved.values())
+    difference = np.abs(saved["edit"].astype(int) - portrait)
+    assert difference.max() > 60, "something was edited"
+    if "mask" in saved:
+        # Saving rounds down, so that 126 is below the composite's threshold of 0.5.
+        outside = saved["mask"][..., 0] <= 126
+        assert 0 < outside.mean() < 1
+        assert difference[outside].max() == 0
+
+
+def test_the_one_node_way_calls_the_parts(pictures: dict[str, Pictures]) -> None:
+    whole, parts = pictures["focusflow"], pictures["focusflow_parts"]
+    assert np.array_equal(whole["mask"], parts["mask"])
+    assert np.array_equal(whole["edit"], parts["edit"])
+
+
+def test_seeds_are_kept(server: Server) -> None:
+    """A published result stays the same when it is run again."""
+    for name in NAMES:
+        for node in load(name)["nodes"]:
+            assert "randomize" not in node.get("widgets_values", ()), f"{name}: {node['type']}"
+        graph = server.convert(load(name))
+        for node in graph.values():
+            assert "control_after_generate" not in node["inputs"]
