@@ -120,7 +120,7 @@ class EditSamplerNode(io.ComfyNode):
                 io.Int.Input(
                     "n_max",
                     default=24,
-                    min=1,
+                    min=0,
                     max=10000,
                     tooltip=(
                         "Steps that are run, counted from the end of the schedule: the strength "
@@ -330,7 +330,7 @@ class EditWithWords(io.ComfyNode):
         sampler = graph.node(
             "PinpointEditSampler",
             method="FocusFlow",
-            n_max=max(1, round(steps * strength)),
+            n_max=round(steps * strength),
             n_min=0,
             n_avg=1,
             reanchor=False,

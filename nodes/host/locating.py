@@ -9,7 +9,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
-import latent_preview
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -131,9 +131,16 @@ def velocity_heat(guider: SourceTargetGuider, latent: Tensor, settings: HeatSett
     """
     probe = VelocityProbe(settings)
     sigmas = torch.tensor([settings.noise_level, 0.0])
-    callback = latent_preview.prepare_callback(guider.model_patcher, settings.samples)
+    progress = comfy.utils.ProgressBar(settings.samples)
+    # No preview picture: it would stay on the node and hide the heat map.
     guider.sample(
-        torch.zeros_like(latent), latent, probe, sigmas, callback=callback, seed=settings.seed
+        torch.zeros_like(latent),
+        latent,
+        probe,
+        sigmas,
+        callback=lambda step, *_: progress.update_absolute(step + 1),
+        seed=settings.seed,
+        disable_pbar=True,
     )
     assert probe.heat is not None
     return probe.heat.cpu()

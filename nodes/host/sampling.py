@@ -29,7 +29,7 @@ class EditSettings:
     Attributes:
         method: FocusFlow moves only inside the mask; FlowEdit has no mask; "FocusFlow as published"
             blends whole velocities as the authors' code does, for reproduction.
-        n_max: steps that are run, counted from the clean end of the schedule.
+        n_max: steps that are run, counted from the clean end of the schedule; 0 changes nothing.
         n_min: of these, the last ones that sample the target prompt instead of moving the source.
         n_avg: noises averaged in each moving step.
         reanchor: put the source back outside the mask before every moving step, too.

@@ -71,7 +71,8 @@ def open_page(settings: argparse.Namespace) -> None:
     drawn_case(0).image.save(base / "input" / PORTRAIT)
     port = free_port(settings.port)
     say("Starting ComfyUI")
-    with Server(base, port=port) as server:
+    previews = ["--preview-method", "latent2rgb"]
+    with Server(base, port=port, arguments=previews) as server:
         address = f"{server.address}/?template=focusflow&source=pinpoint"
         say(f"ComfyUI's log: {server.log}")
         say(f"Open {address} in a web browser; Ctrl-C here stops ComfyUI")
@@ -117,8 +118,11 @@ def drawn_case(seed: int) -> Case:
 def fill_in(graph: Graph, case: Case, image_name: str, seed: int | None) -> None:
     """Put the picture, the prompts and, if one is given, the seed into the workflow's nodes."""
     node_called(graph, "LoadImage")["image"] = image_name
-    node_called(graph, "CLIPTextEncode", "Source prompt")["text"] = case.source_prompt
     node_called(graph, "CLIPTextEncode", "Target prompt")["text"] = case.target_prompt
+    # SDEdit knows a target prompt only.
+    for node in graph.values():
+        if node["_meta"]["title"] == "Source prompt":
+            node["inputs"]["text"] = case.source_prompt
     if seed is None:
         return
     for node in graph.values():
@@ -143,9 +147,10 @@ def node_called(graph: Graph, class_type: str, title: str | None = None) -> dict
 
 def fetch(server: Server, graph: Graph, outputs: Outputs, name: str) -> Image.Image | None:
     """The picture the workflow saved as `pinpoint/<name>`; None if it saves no such picture."""
-    for node_id, output in outputs.items():
-        if graph[node_id]["inputs"].get("filename_prefix") == f"pinpoint/{name}":
-            return Image.open(io.BytesIO(server.view(**output["images"][0]))).convert("RGB")
+    for node_id, node in graph.items():
+        if node["inputs"].get("filename_prefix") == f"pinpoint/{name}" and node_id in outputs:
+            (picture,) = outputs[node_id]["images"]
+            return Image.open(io.BytesIO(server.view(**picture))).convert("RGB")
     return None
 
 
@@ -176,7 +181,8 @@ def progress_line(graph: Graph) -> Callable[[str, float], None]:
 
     def show(node_id: str, done: float) -> None:
         nonlocal last
-        title = graph[node_id]["_meta"]["title"] if node_id in graph else node_id
+        # A node that expands into others reports under ids that begin with its own.
+        title = graph[node_id.split(".")[0]]["_meta"]["title"]
         line = f"{title}: {done:4.0%}" if terminal else title
         if line != last:
             print(f"\r{line:<60}" if terminal else line, end="" if terminal else "\n", flush=True)

@@ -136,6 +136,10 @@ class Server:
             problem = answer.json()
             raise PromptRejected(problem["error"], problem["node_errors"])
         answer.raise_for_status()
+        # ComfyUI takes a prompt when any of its outputs validates, and leaves out the others.
+        if answer.json()["node_errors"]:
+            self.interrupt(answer.json()["prompt_id"])
+            raise PromptRejected({}, answer.json()["node_errors"])
         prompt_id: str = answer.json()["prompt_id"]
         with self._lock:
             self._events[prompt_id]  # known from now on to the thread that reports a lost server

@@ -237,3 +237,22 @@ def test_the_mask_after_a_broken_one_is_as_if_nothing_had_been(
         host.execute(graph.nodes)
     assert patcher_state(model) == before
     assert torch.equal(host.execute(graph.nodes).value(mask.node_id), fresh)
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["edit", "mask"])
+def test_an_interrupt_is_noticed_before_the_next_call(
+    host: Host, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, search: bool
+) -> None:
+    """Also with a compiled model, in which ComfyUI cannot look for one."""
+    import comfy.ops
+
+    monkeypatch.setattr(comfy.ops, "run_every_op", lambda: None)
+    trap, model = Trap(interrupt), tiny_model("sd3").clone()
+    model.add_wrapper_with_key("apply_model", "trap", trap)
+    starve(monkeypatch, model, 2.5)
+    guidances = dict(source_guidance=1.0, target_guidance=1.0)
+    graph, _ = MaskSearch(model).graph() if search else Edit(model).having(**guidances).graph()
+    trap.calls_left = 2
+    with pytest.raises(PromptInterrupted, match="VelocityMask" if search else "SamplerCustom"):
+        host.execute(graph.nodes)
+    assert trap.calls_left == 0
