@@ -2,7 +2,8 @@
 
     python tests/bench/contact_sheet.py --json tests/bench/results/contact_sheet.json
 
-Writes a JPEG beside the JSON file; the figures are those of the edits that are shown.
+Writes a JPEG beside the JSON file; the figures are those of the edits that are shown. Guidance is
+that of the demo workflows.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from portraits.people import phrase
 
 rows = ["source", "found mask", "FocusFlow", "composited", "true edit", "FlowEdit"]
 label_width, label_height = 92, 34
+demo_guidance = (1.0, 2.0)
 
 
 def pictures_of(lab: Lab, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The rows of the sheet for a batch of edits, (B, 3, H, W) each, and FocusFlow's scores."""
     soft, hard = velocity_masks(lab, lab.model, case)
-    edited = flow_edit(lab, lab.model, case, "FocusFlow", soft)
+    edited = flow_edit(lab, lab.model, case, "FocusFlow", soft, demo_guidance)
     pasted, _ = lab.run(
         "PinpointCompositeEdit",
         source=case.source.movedim(1, -1),
         edited=edited.movedim(1, -1),
         mask=soft,
-        threshold=0.1,
-        feather=2,
+        threshold=0.5,
+        feather=4,
     )
-    flowed = flow_edit(lab, lab.model, case, "FlowEdit", None)
+    flowed = flow_edit(lab, lab.model, case, "FlowEdit", None, demo_guidance)
     mask = soft[:, None].expand(-1, 3, -1, -1)
     shown = [case.source, mask, edited, pasted.movedim(-1, 1), case.target, flowed]
     return dict(zip(rows, shown, strict=True)), scores(case, edited, hard)
@@ -61,7 +63,7 @@ def sheet(lab: Lab, all_cases: list[Case]) -> tuple[Image.Image, list[Row]]:
     for column, edit in enumerate(edits):
         left = label_width + column * size + 4
         draw.text((left, 4), phrase(edit.attribute, edit.source), "gray", font)
-        draw.text((left, 18), f"→ {phrase(edit.attribute, edit.target)}", "black", font)
+        draw.text((left, 18), f"to {phrase(edit.attribute, edit.target)}", "black", font)
     table = [
         {
             "method": f"{edit.attribute}: {phrase(edit.attribute, edit.target)}",

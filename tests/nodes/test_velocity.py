@@ -70,7 +70,7 @@ def test_a_connected_mask_takes_the_place_of_the_search(host: Host, tiny_model: 
 
 @pytest.mark.parametrize(
     ("steps", "strength", "n_max"),
-    [(6, 1.0, 6), (6, 0.5, 3), (6, 0.0, 1), (1, 0.3, 1), (10, 0.66, 7)],
+    [(6, 1.0, 6), (6, 0.5, 3), (6, 0.0, 0), (1, 0.3, 0), (10, 0.66, 7)],
     ids=str,
 )
 def test_strength_is_the_share_of_steps(
@@ -79,6 +79,7 @@ def test_strength_is_the_share_of_steps(
     edit = Edit(tiny_model("sd3"), steps=steps, n_max=n_max, mask=torch.ones(1, 8, 8))
     latent, _ = run(host, edit, steps=steps, strength=strength)
     assert torch.equal(latent, edit.run())
+    assert torch.equal(latent, edit.latent) == (n_max == 0)
 
 
 def test_widgets_of_the_search_reach_it(host: Host, tiny_model: TinyModel) -> None:

@@ -32,6 +32,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+PLAIN = {"hair length": "long", "hat": "no", "eyewear": "no", "beard": "no"}
+PLAIN |= {"expression": "neutral", "lips": "red", "skin": "pale"}
+"""Attributes that hide nothing."""
+
+
 def people(count: int = 24) -> list[Portrait]:
     return dataset.people("tests", 0, count)
 
@@ -65,10 +70,8 @@ def test_a_portrait_does_not_depend_on_its_batch() -> None:
 
 @pytest.mark.parametrize("attribute", attributes)
 def test_every_value_of_an_attribute_looks_different(attribute: str) -> None:
-    """On somebody who hides nothing: with hair, no hat, no glasses, no beard."""
-    plain = {"hair length": "long", "hat": "no", "eyewear": "no", "beard": "no"}
     person = people(1)[0]
-    person = Portrait({**person.attributes, **plain}, person.identity)
+    person = Portrait({**person.attributes, **PLAIN}, person.identity)
     drawn = draw([person.having(attribute, value) for value in attributes[attribute]])
     for a in range(len(drawn)):
         for b in range(a):
@@ -79,11 +82,11 @@ def test_every_value_of_an_attribute_looks_different(attribute: str) -> None:
 @pytest.mark.parametrize("parameter", identity_ranges)
 def test_every_identity_parameter_shows_and_is_named_by_nothing(parameter: str) -> None:
     index = list(identity_ranges).index(parameter)
-    person = people(1)[0]
+    shown = {**people(1)[0].attributes, **PLAIN}
     # The mole has to be there to be moved.
     middle = [(low + high) / 2 for low, high in identity_ranges.values()]
     low, high = (
-        Portrait(person.attributes, (*middle[:index], end, *middle[index + 1 :]))
+        Portrait(shown, (*middle[:index], end, *middle[index + 1 :]))
         for end in identity_ranges[parameter]
     )
     assert (draw([low]) - draw([high])).abs().max() > 0.05
