@@ -200,7 +200,7 @@ class CompositeEdit(io.ComfyNode):
                 io.Mask.Input("mask", tooltip="Where to take the edited picture; any size."),
                 io.Float.Input(
                     "threshold",
-                    default=0.5,
+                    default=0.1,
                     min=0.0,
                     max=1.0,
                     step=0.01,

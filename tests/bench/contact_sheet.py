@@ -35,8 +35,8 @@ def pictures_of(lab: Lab, case: Case) -> tuple[dict[str, Tensor], dict[str, Tens
         source=case.source.movedim(1, -1),
         edited=edited.movedim(1, -1),
         mask=soft,
-        threshold=0.5,
-        feather=4,
+        threshold=0.1,
+        feather=2,
     )
     flowed = flow_edit(lab, lab.model, case, "FlowEdit", None, demo_guidance)
     mask = soft[:, None].expand(-1, 3, -1, -1)

@@ -184,7 +184,7 @@ def main() -> None:
     sizes = [
         ("demo", lab.model, 16),
         ("SD3, 6 blocks of 384", random_sd3(6, 64), 64),
-        ("SD3, 6 blocks of 384", random_sd3(6, 128), 128),
+        ("SD3, 3 blocks of 192", random_sd3(3, 128), 128),
     ]
     rows: list[Row] = []
     for name, model, side in sizes:
