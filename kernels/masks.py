@@ -60,8 +60,11 @@ def blurred(mask: Tensor, size: int) -> Tensor:
 def contrasted(mask: Tensor, threshold: float, softness: float) -> Tensor:
     """Shape a soft mask around a threshold: 0.5 at the threshold, rising over `softness`.
 
+    The rise never reaches below 0, so that places without any heat stay outside: softness counts
+    up to twice the threshold.
     `threshold` 0.5 with `softness` 1 changes nothing; `softness` 0 gives a hard mask.
     """
+    softness = min(softness, 2 * threshold)
     if softness <= 0:
         return (mask >= threshold).to(mask.dtype)
     return (0.5 + (mask - threshold) / softness).clamp(0, 1)
@@ -77,7 +80,8 @@ def resized(mask: Tensor, height: int, width: int) -> Tensor:
     shrunk = mask[:, None]
     if mask.shape[-2] > height or mask.shape[-1] > width:
         smaller = (min(mask.shape[-2], height), min(mask.shape[-1], width))
-        shrunk = F.interpolate(shrunk, smaller, mode="area")
+        # Sums of equal numbers are exact in float64, and so is their mean in the mask's own dtype.
+        shrunk = F.interpolate(shrunk.double(), smaller, mode="area").to(mask.dtype)
     return F.interpolate(shrunk, (height, width), mode="nearest-exact")[:, 0]
 
 

@@ -159,8 +159,13 @@ class VelocityMask(io.ComfyNode):
         clip_low: float = 1.0,
         clip_high: float = 99.0,
     ) -> io.NodeOutput:
-        arguments.require_finite(noise_level=noise_level, guidance=guidance, threshold=threshold)
+        arguments.require_valid(cls, locals())
         samples_latent = arguments.latent_samples(model, latent)
+        if image is not None and len(image) not in (1, len(samples_latent)):
+            raise ValueError(
+                f"image has {len(image)} pictures, the latent {len(samples_latent)}: use one "
+                "picture, or one for each"
+            )
         guider = probing_guider(model, source, target, guidance)
         heat = velocity_heat(
             guider,
@@ -229,7 +234,7 @@ class CompositeEdit(io.ComfyNode):
     def execute(
         cls, source: Tensor, edited: Tensor, mask: Tensor, threshold: float, feather: int
     ) -> io.NodeOutput:
-        arguments.require_finite(threshold=threshold)
+        arguments.require_valid(cls, locals())
         source, edited, mask = arguments.same_batch(source=source, edited=edited, mask=mask)
         edited, covered = arguments.placed_over(edited[..., :3], source)
         mask = arguments.placed_mask(mask, covered, source) * covered

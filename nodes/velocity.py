@@ -84,7 +84,7 @@ class SourceTarget(io.ComfyNode):
         guidance_mode: GuidanceMode,
         negative: io.Conditioning.Type | None = None,
     ) -> io.NodeOutput:
-        arguments.require_finite(source_guidance=source_guidance, target_guidance=target_guidance)
+        arguments.require_valid(cls, locals())
         return io.NodeOutput(
             SourceTargetGuider(
                 model, source, target, negative, source_guidance, target_guidance, guidance_mode
@@ -119,7 +119,7 @@ class EditSamplerNode(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "n_max",
-                    default=24,
+                    default=20,
                     min=0,
                     max=10000,
                     tooltip=(
@@ -174,6 +174,7 @@ class EditSamplerNode(io.ComfyNode):
         reanchor: bool,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
+        arguments.require_valid(cls, locals())
         if n_min > n_max:
             raise ValueError(
                 f"n_min is {n_min}, more than n_max ({n_max}): it counts the last of those steps, "
@@ -299,9 +300,7 @@ class EditWithWords(io.ComfyNode):
         negative: Link | None = None,
         mask: Link | None = None,
     ) -> io.NodeOutput:
-        arguments.require_finite(
-            strength=strength, source_guidance=source_guidance, target_guidance=target_guidance
-        )
+        arguments.require_valid(cls, locals())
         graph = GraphBuilder()
         prompts = {"model": model, "source": source, "target": target}
         if mask is None:
@@ -342,10 +341,11 @@ class EditWithWords(io.ComfyNode):
         edited = graph.node(
             "SamplerCustomAdvanced",
             noise=graph.node("RandomNoise", noise_seed=seed).out(0),
-            guider=guider.out(0),
             sampler=sampler.out(0),
             sigmas=sigmas.out(0),
             latent_image=latent,
+            # Last, because ComfyUI begins there: it refuses bad prompts before the mask is sought.
+            guider=guider.out(0),
         )
         return io.NodeOutput(edited.out(0), mask, expand=graph.finalize())
 

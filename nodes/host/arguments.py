@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import comfy.sample
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 from torch import Tensor
 
 from ...kernels import masks
@@ -16,11 +17,22 @@ largest_crop = 32
 """VAEs crop a picture to whole latent cells, at most 32 pixels wide."""
 
 
-def require_finite(**widgets: float) -> None:
-    """Refuse NaN and infinity, which ComfyUI's own range checks let through."""
-    for name, value in widgets.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: enter a finite number")
+def require_valid(node: type[io.ComfyNode], values: dict[str, Any]) -> None:
+    """Refuse widget values that the node's schema does not allow.
+
+    ComfyUI checks typed values only, not those that come by wire, and lets NaN through.
+    """
+    for widget in node.define_schema().inputs:
+        value = values.get(widget.id)
+        if isinstance(widget, io.Combo.Input) and value not in widget.options:
+            choices = ", ".join(widget.options)
+            raise ValueError(f"{widget.id} is {value}: choose one of {choices}")
+        if not isinstance(widget, io.Int.Input | io.Float.Input) or value is None:
+            continue
+        if not widget.min <= value <= widget.max:
+            raise ValueError(
+                f"{widget.id} is {value:g}: enter a number from {widget.min:g} to {widget.max:g}"
+            )
 
 
 def latent_samples(model: ModelPatcher, latent: dict) -> Tensor:

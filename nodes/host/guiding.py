@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import comfy.patcher_extension
 import comfy.samplers
 import node_helpers
 import torch
@@ -16,9 +16,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from torch import Tensor
 
 from ...kernels import flow
-from . import families
-
-log = logging.getLogger(__name__)
+from . import arguments, families
 
 Conditioning = list[Any]
 Options = dict[str, Any]
@@ -60,6 +58,11 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             ValueError: not a flow model, or guidance other than 1 without a negative.
         """
         families.require_flow(model)
+        if mode == "embedded" and not families.has_embedded_guidance(model):
+            raise ValueError(
+                f"guidance_mode is embedded, but {families.name(model)} takes no guidance number: "
+                "choose cfg or auto"
+            )
         super().__init__(model)
         if mode == "embedded" or (mode == "auto" and families.has_embedded_guidance(model)):
             source = node_helpers.conditioning_set_values(source, {"guidance": source_guidance})
@@ -78,6 +81,11 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             )
         self.inner_set_conds(conds)
 
+    def sample(self, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As ComfyUI's, for a latent of the model's own space."""
+        arguments.latent_samples(self.model_patcher, {"samples": latent_image})
+        return super().sample(noise, latent_image, *args, **kwargs)
+
     def inner_sample(
         self,
         noise: Tensor,
@@ -85,19 +93,56 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         device: torch.device,
         sampler: comfy.samplers.Sampler,
         sigmas: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        denoise_mask: Tensor | None,
+        callback: Callable[..., None] | None,
+        disable_pbar: bool,
+        seed: int,
+        latent_shapes: list[tuple[int, ...]] | None = None,
     ) -> Tensor:
         """As ComfyUI's, but what did not move keeps the bits it had on the LATENT wire.
 
-        The way into the model's latent space and back costs a rounding error otherwise.
+        The way into the model's latent space and back costs a rounding error otherwise. The
+        source's conditionings are prepared apart from the target's, because ComfyUI gives the areas
+        and ControlNets of one conditioning to all that are prepared with it.
         """
-        edited = super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
+        clean = latent_image
+        if latent_image.any():
+            clean = self.inner_model.process_latent_in(latent_image)
+        source = {key: self.conds.pop(f"source_{key}") for key in self._source_keys()}
+        self.source_conds = comfy.samplers.process_conds(
+            self.inner_model,
+            noise,
+            source,
+            device,
+            clean,
+            denoise_mask,
+            seed,
+            latent_shapes=latent_shapes,
+        )
+        try:
+            edited = super().inner_sample(
+                noise,
+                latent_image,
+                device,
+                sampler,
+                sigmas,
+                denoise_mask,
+                callback,
+                disable_pbar,
+                seed,
+                latent_shapes=latent_shapes,
+            )
+        finally:
+            # ComfyUI cleans up the ControlNets of all conditionings that are here.
+            self.conds |= {f"source_{key}": conds for key, conds in self.source_conds.items()}
         if not latent_image.any():
             return edited
-        unmoved = self.inner_model.process_latent_in(latent_image)
-        unmoved = self.inner_model.process_latent_out(unmoved.to(torch.float32))
+        unmoved = self.inner_model.process_latent_out(clean.to(torch.float32))
         return torch.where(edited == unmoved, latent_image, edited)
+
+    def _source_keys(self) -> list[str]:
+        keys = [key for key in self.conds if key.startswith("source_")]
+        return [key.removeprefix("source_") for key in keys]
 
     def velocities(
         self, target: Tensor, source: Tensor, sigma: float, extra_args: dict[str, Any]
@@ -138,7 +183,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         model_options: Options = {},  # noqa: B006
         seed: int | None = None,
     ) -> Tensor:
-        """Denoised latents; for a `Pair`, those of [target rows, source rows]."""
+        """Denoised latents; for a pair, those of [target rows, source rows]."""
         if pair_key not in model_options:
             return super().predict_noise(x, timestep, model_options, seed)
         options = {key: value for key, value in model_options.items() if key != pair_key}
@@ -147,8 +192,8 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             denoised = super().predict_noise(target, sigma, options, seed)
             return torch.cat([denoised, denoised])
         branches = [
-            self._branch("", target, self.target_cfg, options),
-            self._branch("source_", source, self.source_cfg, options),
+            self._branch(self.conds, target, self.target_cfg, options),
+            self._branch(self.source_conds, source, self.source_cfg, options),
         ]
         predicted = _predict_together if self._can_share_a_call(options) else _predict_apart
         outputs = predicted(self.inner_model, branches, sigma, options)
@@ -158,22 +203,28 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         ]
         return torch.cat(guided)
 
-    def _branch(self, prefix: str, x: Tensor, cfg: float, options: dict[str, Any]) -> Branch:
+    def _branch(
+        self, conds: dict[str, list[dict]], x: Tensor, cfg: float, options: dict[str, Any]
+    ) -> Branch:
         unguided = math.isclose(cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
-        negative = None if unguided else self.conds.get(f"{prefix}negative")
-        return Branch(x, self.conds[f"{prefix}positive"], negative, cfg)
+        negative = None if unguided else conds.get("negative")
+        return Branch(x, conds["positive"], negative, cfg)
 
     def _can_share_a_call(self, options: dict[str, Any]) -> bool:
         """Whether rows may be exchanged inside one call.
 
-        Areas crop the latent, ControlNets read it before we can exchange rows, and the listed
-        options slice or distribute the batch themselves.
+        Areas crop the latent, ControlNets and CALC_COND_BATCH wrappers read it before we can
+        exchange rows, and the listed options slice or distribute the batch themselves.
         """
         if {"context_handler", "multigpu_clones", "sampler_calc_cond_batch_function"} & set(
             options
         ):
             return False
-        entries = [entry for conds in self.conds.values() for entry in conds]
+        wrappers = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
+        if comfy.patcher_extension.get_all_wrappers(wrappers, options, is_model_options=True):
+            return False
+        prepared = [*self.conds.values(), *self.source_conds.values()]
+        entries = [entry for conds in prepared for entry in conds]
         return not any("area" in entry or "control" in entry for entry in entries)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,6 @@ from torch import Tensor
 from ...kernels import flow, masks
 from . import families
 from .guiding import Conditioning, SourceTargetGuider
-
-log = logging.getLogger(__name__)
 
 weakest_signal = 1e-3
 """A velocity difference below this share of the velocity itself is rounding, not an edit."""
@@ -129,6 +126,11 @@ def velocity_heat(guider: SourceTargetGuider, latent: Tensor, settings: HeatSett
     Raises:
         ValueError: the two prompts give no signal, or the model returns NaN.
     """
+    if guider.same_prompts:
+        raise ValueError(
+            "source and target prompts are the same, so there is nothing to locate: change the "
+            "target prompt or connect a mask"
+        )
     probe = VelocityProbe(settings)
     sigmas = torch.tensor([settings.noise_level, 0.0])
     progress = comfy.utils.ProgressBar(settings.samples)
@@ -154,6 +156,8 @@ def rough_picture(guider: SourceTargetGuider, latent: Tensor) -> Tensor:
         return torch.full((len(latent), *latent.shape[-2:], 3), 0.5)
     bias = model.latent_format.latent_rgb_factors_bias
     flat = model.process_latent_in(latent.float().cpu())
+    if model.latent_format.latent_rgb_factors_reshape is not None:
+        flat = model.latent_format.latent_rgb_factors_reshape(flat)
     flat = flat[:, :, 0] if flat.ndim == 5 else flat
     weight = torch.tensor(factors).T
     picture = torch.nn.functional.linear(flat.movedim(1, -1), weight, bias and torch.tensor(bias))

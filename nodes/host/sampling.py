@@ -87,6 +87,10 @@ class EditSampler(comfy.samplers.Sampler):
                 f"guider is a {type(guider).__name__}, which knows one prompt only: connect a "
                 "Source/Target Guider"
             )
+        if steps < 1:
+            raise ValueError(
+                f"sigmas have {steps} steps: connect the sigmas of a scheduler with at least one"
+            )
         if settings.n_max > steps:
             raise ValueError(
                 f"n_max is {settings.n_max}, but the sigmas have only {steps} steps: lower n_max "
@@ -97,12 +101,18 @@ class EditSampler(comfy.samplers.Sampler):
                 "noise is empty (Disable Noise): connect RandomNoise, an edit needs it"
             )
         schedule = [float(sigma) for sigma in sigmas[steps - settings.n_max :]]
-        if any(a <= b for a, b in pairwise(schedule)):
+        highest = float(guider.model_patcher.get_model_object("model_sampling").sigma_max)
+        falling = all(a >= b and a > 0 for a, b in pairwise(schedule))
+        if not falling or schedule[0] > max(1.0, highest):
+            listed = ", ".join(f"{sigma:.3f}" for sigma in schedule[:4])
             raise ValueError(
-                f"sigmas do not fall from step to step ({schedule[0]:.3f} to {schedule[-1]:.3f}): "
-                "connect the sigmas of a scheduler, not flipped ones"
+                f"sigmas ({listed} ...) do not fall from at most 1 to 0: connect the sigmas of a "
+                "scheduler for this model, not flipped ones"
             )
-        if guider.same_prompts:
+        if settings.n_max == 0:
+            log.warning("Pinpoint: n_max is 0, so no step is run and nothing will change")
+        still = settings.n_min == 0 and settings.method != "FocusFlow as published"
+        if guider.same_prompts and still:
             log.warning(
                 "Pinpoint: source and target prompts and guidances are the same, so nothing will "
                 "change: change the target prompt"
@@ -120,7 +130,8 @@ class EditSampler(comfy.samplers.Sampler):
         if mask is not None and self.settings.method == "FlowEdit":
             log.warning("Pinpoint: FlowEdit has no mask, so the mask is not used: choose FocusFlow")
             return None
-        if mask is not None and not mask.any():
+        published = self.settings.method == "FocusFlow as published"
+        if mask is not None and not mask.any() and not published:
             log.warning("Pinpoint: the mask is empty, so nothing will change")
         return mask
 
@@ -141,7 +152,9 @@ class _Run:
         self.source, self.sigmas = source, sigmas
         self.mask = source.new_ones(()) if mask is None else mask
         seed = extra_args.get("seed") or 0
-        self.generators = [torch.Generator().manual_seed(seed + row) for row in range(len(source))]
+        self.generators = [
+            torch.Generator().manual_seed((seed + row) % 2**64) for row in range(len(source))
+        ]
         self.delta = torch.zeros_like(source)
         self.anchor_noise: Tensor | None = None
         self.latent = source
@@ -167,7 +180,8 @@ class _Run:
             blend_target += target.unflatten(0, (draws, -1)).sum(0) / self.settings.n_avg
             blend_source += source.unflatten(0, (draws, -1)).sum(0) / self.settings.n_avg
         step = following - sigma
-        self.latent = flow.blended_step(self.latent, blend_target, blend_source, mask, step)
+        start = self.source + self.delta
+        self.latent = flow.blended_step(start, blend_target, blend_source, mask, step)
         self.delta = self.latent - self.source
         return self.latent
 
@@ -226,5 +240,7 @@ def _fitted(mask: Tensor, latent: Tensor) -> Tensor:
         raise ValueError(
             f"mask has {len(mask)} images, the latent {len(latent)}: use one mask, or one for each"
         )
+    if not torch.isfinite(mask).all():
+        raise ValueError("mask holds values that are not finite: check where it comes from")
     fitted = masks.resized(mask.float(), *latent.shape[-2:]).clamp(0, 1).to(latent)
     return fitted.view(len(fitted), *[1] * (latent.ndim - 3), *fitted.shape[-2:])

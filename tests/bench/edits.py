@@ -3,7 +3,7 @@
     python tests/bench/edits.py --count 200 --seed 1 --json tests/bench/results/edits.json
 
 All methods run on the same weights, latents, prompts and noises. FlowEdit and FocusFlow share their
-settings: FlowEdit's own for a 28-step flow model (24 steps, guidance 1.5 and 5.5), and in the rows
+settings: FlowEdit's own for Flux.1 (24 of 28 steps, guidance 1.5 and 5.5), and in the rows
 ending in `_unguided` no guidance, which of the guidances tried serves FlowEdit best on this model:
 it was trained on exactly these captions and hardly leaks without guidance, so a mask has little
 left to keep. SDEdit gets the strength that serves it best on the held-out portraits themselves.

@@ -57,6 +57,8 @@ class EditGraph(NodeGraph):
             feather=4,
         )
         self.add("SaveImage", images=pasted, filename_prefix="tests/edit")
+        place = self.add("MaskToImage", mask=mask)
+        self.add("SaveImage", images=place, filename_prefix="tests/mask")
         self.add("SaveLatent", samples=edited, filename_prefix="tests/edit")
         return self
 
@@ -114,24 +116,24 @@ def parts(portrait: str) -> EditGraph:
     return graph.end(edited, mask)
 
 
-def saved(outputs: Outputs, kind: str) -> dict[str, str]:
-    """The only file that a prompt saved; previews do not count."""
+def saved(outputs: Outputs, kind: str, name: str) -> dict[str, str]:
+    """The file that a prompt saved as tests/<name>."""
     files = [file for output in outputs.values() for file in output.get(kind, ())]
-    (file,) = (file for file in files if file["type"] == "output")
+    (file,) = (file for file in files if file["filename"].startswith(f"{name}_"))
     return file
 
 
-def png(server: Server, outputs: Outputs) -> bytes:
+def png(server: Server, outputs: Outputs, name: str = "edit") -> bytes:
     """The saved picture; its prompt is in it, so that only equal prompts give equal bytes."""
-    return server.view(**saved(outputs, "images"))
+    return server.view(**saved(outputs, "images", name))
 
 
-def pixels(server: Server, outputs: Outputs) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png(server, outputs))))
+def pixels(server: Server, outputs: Outputs, name: str = "edit") -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png(server, outputs, name))))
 
 
 def saved_latent(server: Server, outputs: Outputs) -> Tensor:
-    file = saved(outputs, "latents")
+    file = saved(outputs, "latents", "edit")
     return load_file(server.base / "output" / file["subfolder"] / file["filename"])["latent_tensor"]
 
 
@@ -150,10 +152,13 @@ def expected(server: Server, portrait: str) -> Outputs:
 def test_the_edit_changes_the_inside_of_the_mask_only(
     server: Server, portrait: str, expected: Outputs
 ) -> None:
-    edited = pixels(server, expected)
+    edited, mask = pixels(server, expected), pixels(server, expected, "mask")
     source = np.asarray(Image.open(server.base / "input" / portrait))
-    changed = (edited != source).any(-1).mean()
-    assert 0.01 < changed < 0.9
+    # The pasted part is where the mask is 0.5 and above.
+    outside = mask[..., 0] < 127
+    assert 0.05 < outside.mean() < 0.95
+    assert np.array_equal(edited[outside], source[outside])
+    assert (edited != source).any(-1)[~outside].mean() > 0.5
 
 
 def test_parts_give_the_same_latent_and_picture_as_the_one_node(
@@ -218,7 +223,6 @@ def test_an_interrupted_edit_leaves_nothing_behind(
         server.wait(prompt, interrupt)
     assert parts_done, "interrupted in mid-edit"
     fresh = one_node(portrait)
-    fresh.nodes[fresh.find("SaveImage")]["inputs"]["filename_prefix"] = "tests/after"
     # Run again, not taken from the cache, which the interrupted prompt has replaced.
     after = server.queue(fresh.nodes)
     assert np.array_equal(pixels(server, server.wait(after)), pixels(server, expected))

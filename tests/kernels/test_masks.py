@@ -140,13 +140,21 @@ def test_contrast_at_one_half_over_one_changes_nothing(
     assert torch.equal(masks.contrasted(mask, 0.5, 1.0), mask)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 1.0])
 def test_contrast_rises_around_the_threshold(masks: ModuleType, threshold: float) -> None:
     mask = torch.linspace(0, 1, 1001, dtype=torch.float64).view(1, 1, -1)
     soft = masks.contrasted(mask, threshold, 0.2)
     ramp = (mask - (threshold - 0.1)) / 0.2
     assert torch.allclose(soft, ramp.clamp(0, 1), rtol=0, atol=1e-12)
     assert torch.equal(masks.contrasted(mask, threshold, 0.0), (mask >= threshold).double())
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.1, 0.3])
+def test_contrast_keeps_places_without_heat_outside(masks: ModuleType, threshold: float) -> None:
+    heat = torch.tensor([[[0.0, threshold, 2 * threshold]]], dtype=torch.float64)
+    soft = masks.contrasted(heat, threshold, 1.0)
+    assert torch.allclose(soft, torch.tensor([[[0.0, 0.5, 1.0]]], dtype=torch.float64))
+    assert soft[0, 0, 0] == 0
 
 
 @pytest.mark.parametrize("factor", [2, 3, 5, 8, 16])

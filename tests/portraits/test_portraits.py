@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from host import stock
+from host.inprocess import Host
 from portraits import codec, dataset, judging, text_encoder, weights
 from portraits.drawing import draw
 from portraits.people import Portrait, attributes, caption, identity_ranges, phrase_order
@@ -212,6 +213,15 @@ def test_encoder_is_the_projection_it_was_set_to(demo: stock.Demo, held_out: Ten
     # Weights are kept in fp16.
     assert (latents - expected).abs().max() <= 0.03
     assert expected.abs().max() > 2
+
+
+def test_encoder_can_be_set_to_any_projection(held_out: Tensor, host: Host) -> None:  # noqa: ARG001
+    basis = codec.principal_components(held_out)
+    made = codec.build()
+    codec.set_encoder(made, basis)
+    with torch.no_grad():
+        found = made.taesd_encoder(held_out)
+    assert torch.allclose(found, codec.project(held_out, basis), rtol=0, atol=1e-4)
 
 
 def test_projection_is_that_of_its_blocks() -> None:

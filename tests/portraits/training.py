@@ -42,6 +42,8 @@ class Trainer:
         started, first = time.monotonic(), self.step
         self._sum, self._count = 0.0, 0
         while self.step < self.steps:
+            # A seed for each step: a resumed run goes on with the noise it would have had.
+            torch.manual_seed(self.step)
             yield self.step
             self.step += 1
             if self.step % 100 == 0:
