@@ -243,8 +243,7 @@ def test_demo_workflow_edits_the_portrait(pictures: dict[str, Pictures], name: s
     difference = np.abs(saved["edit"].astype(int) - portrait)
     assert difference.max() > 60, "something was edited"
     if "mask" in saved:
-        # Saving rounds down, so that 126 is below the composite's threshold of 0.5.
-        # Composite Edit counts mask values from 0.1 as inside.
+        # Saving rounds down, so that 24 is below the composite's threshold of 0.1.
         outside = saved["mask"][..., 0] <= 24
         assert 0 < outside.mean() < 1
         assert difference[outside].max() == 0
