@@ -162,6 +162,8 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
 
     def draws_per_call(self, latent: Tensor, draws: int) -> int:
         """How many noised copies of a latent batch fit into memory at once, at least 1."""
+        if draws == 1:
+            return 1
         free = self.model_patcher.get_free_memory(latent.device)
         rows, *rest = latent.shape
         while draws > 1:
