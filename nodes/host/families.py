@@ -15,13 +15,20 @@ def require_flow(model: ModelPatcher) -> None:
     """Refuse models whose prediction is not a rectified-flow velocity.
 
     Raises:
-        ValueError: for epsilon-, v- and x0-prediction models.
+        ValueError: for epsilon-, v- and x0-prediction models, for image-to-image flows and for
+            models with scaled noise (HiDream-O1).
     """
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, comfy.model_sampling.CONST):
         raise ValueError(
             f"model is {name(model)}, which does not predict a flow velocity: load a flow model "
             "such as SD3, SD3.5, Flux, Qwen-Image, Z-Image or Wan"
+        )
+    image_to_image = isinstance(sampling, comfy.model_sampling.IMG_TO_IMG_FLOW)
+    if image_to_image or getattr(sampling, "noise_scale", 1.0) != 1.0:
+        raise ValueError(
+            f"model is {name(model)}, a flow model that does not start from plain noise, which "
+            "Pinpoint's edits need: load another, such as SD3, Flux, Qwen-Image or Wan"
         )
 
 
