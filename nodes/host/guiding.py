@@ -58,13 +58,14 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             ValueError: not a flow model, or guidance other than 1 without a negative.
         """
         families.require_flow(model)
-        if mode == "embedded" and not families.has_embedded_guidance(model):
+        takes_guidance = families.has_embedded_guidance(model)
+        if mode == "embedded" and not takes_guidance:
             raise ValueError(
                 f"guidance_mode is embedded, but {families.name(model)} takes no guidance number: "
                 "choose cfg or auto"
             )
         super().__init__(model)
-        if mode == "embedded" or (mode == "auto" and families.has_embedded_guidance(model)):
+        if takes_guidance and mode != "cfg":
             source = node_helpers.conditioning_set_values(source, {"guidance": source_guidance})
             target = node_helpers.conditioning_set_values(target, {"guidance": target_guidance})
             self.source_cfg = self.target_cfg = 1.0
@@ -105,9 +106,9 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         source's conditionings are prepared apart from the target's, because ComfyUI gives the areas
         and ControlNets of one conditioning to all that are prepared with it.
         """
-        clean = latent_image
-        if latent_image.any():
-            clean = self.inner_model.process_latent_in(latent_image)
+        # ComfyUI does not shift an empty latent either.
+        empty = not latent_image.any()
+        clean = latent_image if empty else self.inner_model.process_latent_in(latent_image)
         source = {key: self.conds.pop(f"source_{key}") for key in self._source_keys()}
         self.source_conds = comfy.samplers.process_conds(
             self.inner_model,
@@ -135,7 +136,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         finally:
             # ComfyUI cleans up the ControlNets of all conditionings that are here.
             self.conds |= {f"source_{key}": conds for key, conds in self.source_conds.items()}
-        if not latent_image.any():
+        if empty:
             return edited
         unmoved = self.inner_model.process_latent_out(clean.to(torch.float32))
         return torch.where(edited == unmoved, latent_image, edited)

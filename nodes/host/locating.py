@@ -61,7 +61,6 @@ class VelocityProbe(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         settings, sigma = self.settings, self.settings.noise_level
-        shape = (1, *latent_image.shape[1:])
         total = difference = speed = 0.0
         done = 0
         while done < settings.samples:
@@ -69,7 +68,7 @@ class VelocityProbe(comfy.samplers.Sampler):
             draws = model_wrap.draws_per_call(latent_image, settings.samples - done)
             seeds = [settings.seed + 100 * (done + k) for k in range(draws)]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            noises = flow.draw_noise((draws, *shape[1:]), generators, latent_image)
+            noises = flow.draw_noise((draws, *latent_image.shape[1:]), generators, latent_image)
             x = torch.cat([flow.noised(latent_image, n, sigma) for n in noises.split(1)])
             target, source = model_wrap.velocities(x, x, sigma, extra_args)
             parts = masks.velocity_difference(target, source).unflatten(0, (draws, -1))

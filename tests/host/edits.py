@@ -72,6 +72,16 @@ class Edit:
         """The same edit with other settings."""
         return replace(self, **changes)
 
+    def guider_widgets(self) -> dict[str, Any]:
+        """The values of the Source/Target Guider's widgets."""
+        names = ("source_guidance", "target_guidance", "guidance_mode")
+        return {name: getattr(self, name) for name in names}
+
+    def sampler_widgets(self) -> dict[str, Any]:
+        """The values of the Edit Sampler's widgets."""
+        names = ("method", "n_max", "n_min", "n_avg", "reanchor")
+        return {name: getattr(self, name) for name in names}
+
     def parts(self) -> dict[str, Any]:
         """The inputs of SamplerCustomAdvanced, each from its node."""
         latent = {"samples": self.latent}
@@ -85,19 +95,11 @@ class Edit:
                 source=self.source,
                 target=self.target,
                 negative=self.negative,
-                source_guidance=self.source_guidance,
-                target_guidance=self.target_guidance,
-                guidance_mode=self.guidance_mode,
+                **self.guider_widgets(),
             )[0],
-            "sampler": stock.call(
-                "PinpointEditSampler",
-                method=self.method,
-                n_max=self.n_max,
-                n_min=self.n_min,
-                n_avg=self.n_avg,
-                reanchor=self.reanchor,
-                mask=self.mask,
-            )[0],
+            "sampler": stock.call("PinpointEditSampler", **self.sampler_widgets(), mask=self.mask)[
+                0
+            ],
             "sigmas": self.sigmas(),
             "latent_image": latent,
         }
@@ -130,17 +132,11 @@ class Edit:
                 model=model,
                 **prompts,
                 negative=graph.give(self.negative),
-                source_guidance=self.source_guidance,
-                target_guidance=self.target_guidance,
-                guidance_mode=self.guidance_mode,
+                **self.guider_widgets(),
             ),
             "sampler": lambda: graph.add(
                 "PinpointEditSampler",
-                method=self.method,
-                n_max=self.n_max,
-                n_min=self.n_min,
-                n_avg=self.n_avg,
-                reanchor=self.reanchor,
+                **self.sampler_widgets(),
                 **({} if self.mask is None else {"mask": graph.give(self.mask)}),
             ),
             "sigmas": lambda: graph.add(
