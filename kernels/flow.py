@@ -53,6 +53,15 @@ def anchored(latent: Tensor, clean: Tensor, noise: Tensor, mask: Tensor, sigma: 
     return mask * latent + (1 - mask) * noised(clean, noise, sigma)
 
 
+def fused(latent: Tensor, inverted: Tensor, mask: Tensor, strength: float) -> Tensor:
+    """Draw a latent to an inverted one outside the mask: exactly either at weight 0 and 1.
+
+    Flux-Sculptor's S2D-EC, structure phase (reconstructed: `M z + (1 - M) z_inverted`).
+    """
+    weight = (strength * (1 - mask)).to(latent).expand_as(latent)
+    return torch.lerp(latent, inverted, weight)
+
+
 def draw_noise(shape: tuple[int, ...], generators: list[torch.Generator], like: Tensor) -> Tensor:
     """Normal noise of `shape`, row i from generator i, drawn on the CPU in fp32.
 

@@ -5,6 +5,8 @@ Masks are (B, H, W) in [0, 1], 1 = edit, unless a function says otherwise.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,6 +57,49 @@ def blurred(mask: Tensor, size: int) -> Tensor:
     size |= 1
     mean = F.avg_pool2d(mask[:, None], size, 1, size // 2, count_include_pad=False)
     return mean[:, 0].clamp(0, 1)
+
+
+def softened(mask: Tensor, deviation: float) -> Tensor:
+    """Gaussian blur with a standard deviation in cells; borders repeat, so they do not darken.
+
+    Deviation 0 changes nothing.
+    """
+    if deviation <= 0:
+        return mask
+    reach = math.ceil(3 * deviation)
+    offsets = torch.arange(-reach, reach + 1, device=mask.device, dtype=mask.dtype)
+    kernel = torch.exp(-0.5 * (offsets / deviation) ** 2)
+    kernel = kernel / kernel.sum()
+    spread = mask[:, None]
+    for weight, padding in (
+        (kernel.view(1, 1, -1, 1), (0, 0, reach, reach)),
+        (kernel.view(1, 1, 1, -1), (reach, reach, 0, 0)),
+    ):
+        spread = F.conv2d(F.pad(spread, padding, mode="replicate"), weight)
+    return spread[:, 0].clamp(0, 1)
+
+
+def without_specks(heat: Tensor, threshold: float, smallest: int) -> Tensor:
+    """Set to 0 every patch of heat at or above a threshold that has fewer cells than `smallest`.
+
+    Cells that touch at a corner belong together. `smallest` 0 and 1 change nothing.
+    """
+    hot = heat >= threshold
+    if smallest <= 1 or not hot.any():
+        return heat
+    # Each patch takes the highest number of its cells, which spreads until nothing changes.
+    numbers = torch.arange(1, heat[0].numel() + 1, device=heat.device, dtype=torch.float64)
+    labels = numbers.view(1, *heat.shape[1:]) * hot
+    while True:
+        spread = F.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * hot
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    labels = labels.long().flatten(1)
+    sizes = torch.zeros(len(heat), heat[0].numel() + 1, dtype=torch.long, device=heat.device)
+    sizes.scatter_add_(1, labels, torch.ones_like(labels))
+    small = hot & (sizes.gather(1, labels) < smallest).view_as(heat)
+    return heat.masked_fill(small, 0.0)
 
 
 def contrasted(mask: Tensor, threshold: float, softness: float) -> Tensor:

@@ -1,5 +1,9 @@
 """The nodes of the pack, in the order in which the menu lists them."""
 
-from . import localization, velocity
+from . import attention, composite, inversion, localization, velocity
 
-all_nodes = [*localization.nodes, *velocity.nodes]
+all_nodes = [
+    node
+    for module in (localization, composite, velocity, inversion, attention)
+    for node in module.nodes
+]

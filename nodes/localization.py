@@ -1,13 +1,14 @@
-"""Where to edit: masks from prompts, and pasting an edit back into its picture."""
+"""Where to edit: masks from what two prompts do, and from where a picture looks at words."""
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..kernels import masks, pictures
-from .host import arguments
-from .host.locating import HeatSettings, probing_guider, rough_picture, velocity_heat
+from .host import arguments, attention_map, layouts, locating, widgets
+from .host.locating import HeatSettings, probing_guider, velocity_heat
 
 
 class VelocityMask(io.ComfyNode):
@@ -161,11 +162,7 @@ class VelocityMask(io.ComfyNode):
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
         samples_latent = arguments.latent_samples(model, latent)
-        if image is not None and len(image) not in (1, len(samples_latent)):
-            raise ValueError(
-                f"image has {len(image)} pictures, the latent {len(samples_latent)}: use one "
-                "picture, or one for each"
-            )
+        arguments.require_one_picture_each(image, samples_latent)
         guider = probing_guider(model, source, target, guidance)
         heat = velocity_heat(
             guider,
@@ -176,75 +173,227 @@ class VelocityMask(io.ComfyNode):
         height, width = arguments.pixel_size(model, samples_latent)
         soft = masks.resized(masks.contrasted(heat, threshold, softness), height, width)
         hard = masks.resized(masks.contrasted(heat, threshold, 0.0), height, width)
-        picture = rough_picture(guider, samples_latent) if image is None else image[..., :3].cpu()
-        picture = arguments.scaled_picture(picture, height, width)
+        picture = locating.rough_picture(model, samples_latent) if image is None else image
+        picture = arguments.scaled_picture(picture[..., :3].cpu(), height, width)
         overlay = pictures.heat_over(picture, heat)
         return io.NodeOutput(soft, hard, overlay, ui=ui.PreviewImage(overlay, cls=cls))
 
 
-class CompositeEdit(io.ComfyNode):
-    """Keeps every pixel outside the mask."""
+class AttentionMask(io.ComfyNode):
+    """Flux-Sculptor's prompt-aligned spatial locator as a node."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="PinpointCompositeEdit",
-            display_name="Composite Edit",
+            node_id="PinpointAttentionMask",
+            display_name="Attention Mask",
             category="pinpoint/locate",
             description=(
-                "Pastes an edited picture into its source inside a mask; every pixel outside the "
-                "mask stays the source's, bit for bit."
+                "Finds the region of phrases by where the picture looks at their words in the "
+                "model's attention: one map for each phrase, and all of them together."
             ),
-            search_aliases=["paste back", "stitch", "blend edit", "keep background"],
+            search_aliases=["flux-sculptor", "pasl", "mask from words", "daam", "segment by text"],
             inputs=[
-                io.Image.Input("source", tooltip="The original picture."),
-                io.Image.Input(
-                    "edited",
-                    tooltip="The edited picture: same size, or as VAE Encode cropped it.",
+                io.Model.Input(
+                    "model",
+                    tooltip="SD1.5, SDXL, SD3, Flux, Flux.2, Chroma, Qwen-Image, Z-Image, Wan …",
                 ),
-                io.Mask.Input("mask", tooltip="Where to take the edited picture; any size."),
-                io.Float.Input(
-                    "threshold",
-                    default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Mask value from which a pixel is inside. Values below are outside.",
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Latent.Input("latent", tooltip="The picture, from VAE Encode."),
+                io.String.Input(
+                    "source_prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="Describes the picture as it is; removed phrases are found with it.",
+                ),
+                io.String.Input(
+                    "target_prompt",
+                    multiline=True,
+                    default="",
+                    tooltip=(
+                        "Describes the picture as it shall be; added phrases are found with it."
+                    ),
+                ),
+                io.String.Input(
+                    "added",
+                    default="",
+                    tooltip=(
+                        "Phrases of the target prompt, separated by commas. If both lists are "
+                        "empty, they are the phrases in which the prompts differ."
+                    ),
+                ),
+                io.String.Input(
+                    "removed",
+                    default="",
+                    tooltip="Phrases of the source prompt, separated by commas.",
+                ),
+                widgets.blocks("25%-75%"),
+                widgets.part("highest_noise", 0.85, "Sigma of the first sample."),
+                widgets.part("lowest_noise", 0.6, "Sigma of the last sample. Low finds details."),
+                io.Int.Input(
+                    "samples",
+                    default=4,
+                    min=1,
+                    max=100,
+                    tooltip="Noise levels and noises to average: model calls for each prompt.",
                 ),
                 io.Int.Input(
-                    "feather",
-                    default=4,
+                    "propagation",
+                    default=1,
                     min=0,
-                    max=512,
+                    max=4,
                     tooltip=(
-                        "Width in pixels of the blend, laid inside the mask so that the outside "
-                        "is never touched. 0 = hard edge."
+                        "Spread the map this often along the picture's own attention, which fills "
+                        "surfaces."
                     ),
+                ),
+                widgets.part("contrast", 0.0, "Take away where the rest of the prompt looks."),
+                widgets.part("threshold", 0.25, "Heat from which a place belongs to the region."),
+                widgets.part("softness", 0.3, "How gradually the soft mask rises there; 0 = hard."),
+                io.Int.Input(
+                    "smallest_part",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip="Drop parts of the region with fewer image tokens than this.",
+                ),
+                io.Int.Input(
+                    "dilation",
+                    default=0,
+                    min=0,
+                    max=63,
+                    tooltip=(
+                        "Grow the heat by the maximum over this many image tokens (odd; 0 = off)."
+                    ),
+                ),
+                io.Float.Input(
+                    "soft_edge",
+                    default=0.0,
+                    min=0.0,
+                    max=16.0,
+                    step=0.1,
+                    tooltip="Blur the soft mask's edge, in image tokens.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Sample k draws its noise with seed + 100 k.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The picture to lay the heat maps over; a rough preview if absent.",
+                ),
+                io.String.Input(
+                    "heads",
+                    default="all",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Attention heads to read: all, or numbers and ranges as 0, 4-7.",
+                ),
+                io.Float.Input(
+                    "clip_low",
+                    default=1.0,
+                    min=0.0,
+                    max=49.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Percentile of the heat that becomes 0.",
+                ),
+                io.Float.Input(
+                    "clip_high",
+                    default=99.0,
+                    min=51.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Percentile of the heat that becomes 1.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The source with the edit in place."),
+                io.Mask.Output(display_name="soft mask", tooltip="All phrases, 0 to 1, 1 = edit."),
+                io.Mask.Output(display_name="mask", tooltip="All phrases, 0 or 1."),
                 io.Mask.Output(
-                    display_name="opacity", tooltip="How much of the edit each pixel shows."
+                    display_name="phrase masks",
+                    tooltip="A soft mask for each phrase, added ones first; a batch of pictures "
+                    "repeats for each phrase.",
+                ),
+                io.Image.Output(
+                    display_name="heat maps", tooltip="All phrases, then each, over the picture."
                 ),
             ],
         )
 
     @classmethod
     def execute(
-        cls, source: Tensor, edited: Tensor, mask: Tensor, threshold: float, feather: int
+        cls,
+        model: io.Model.Type,
+        clip: io.Clip.Type,
+        latent: io.Latent.Type,
+        source_prompt: str,
+        target_prompt: str,
+        added: str,
+        removed: str,
+        blocks: str,
+        highest_noise: float,
+        lowest_noise: float,
+        samples: int,
+        propagation: int,
+        contrast: float,
+        threshold: float,
+        softness: float,
+        smallest_part: int,
+        dilation: int,
+        soft_edge: float,
+        seed: int,
+        image: Tensor | None = None,
+        heads: str = "all",
+        clip_low: float = 1.0,
+        clip_high: float = 99.0,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
-        source, edited, mask = arguments.same_batch(source=source, edited=edited, mask=mask)
-        edited, covered = arguments.placed_over(edited[..., :3], source)
-        mask = arguments.placed_mask(mask, covered, source) * covered
-        opacity = masks.feathered_inward(mask, max(threshold, 1e-6), feather)
-        blend = opacity[..., None]
-        colors = source[..., :3].lerp(edited.to(source), blend.to(source))
-        colors = colors.where(blend.to(source.device) > 0, source[..., :3])
-        result = source.clone()
-        result[..., :3] = colors
-        return io.NodeOutput(result, opacity)
+        samples_latent = arguments.latent_samples(model, latent)
+        arguments.require_one_picture_each(image, samples_latent)
+        settings = attention_map.GatherSettings(
+            layouts.chosen_blocks(model, blocks),
+            attention_map.chosen_heads(heads),
+            highest_noise,
+            lowest_noise,
+            samples,
+            propagation,
+            seed,
+        )
+        requests = attention_map.requests_for(source_prompt, target_prompt, added, removed)
+        maps = attention_map.located(model, clip, requests, samples_latent, settings)
+        heat = attention_map.phrase_heat(maps, clip_low / 100, clip_high / 100, contrast)
+        shape = attention_map.MaskShape(threshold, softness, smallest_part, dilation, soft_edge)
+        size = arguments.pixel_size(model, samples_latent)
+        count = heat.shape[1]
+        heats = heat.transpose(0, 1).flatten(0, 1)
+        cleaned = shape.cleaned(heats)
+        union = cleaned.unflatten(0, (count, -1)).amax(0)
+        soft, hard, each = (
+            masks.resized(mask, *size)
+            for mask in (shape.soft(union), shape.hard(union), shape.soft(cleaned))
+        )
+        picture = locating.rough_picture(model, samples_latent) if image is None else image
+        picture = arguments.scaled_picture(picture[..., :3].cpu(), *size)
+        shown = torch.cat([union, cleaned])
+        overlay = pictures.heat_over(_repeated(picture, len(shown)), shown)
+        wanted = [phrase for request in requests for phrase in request.wanted]
+        words = ui.PreviewText("all together, then: " + ", ".join(wanted)).as_dict()
+        preview = {**ui.PreviewImage(overlay, cls=cls).as_dict(), **words}
+        return io.NodeOutput(soft, hard, each, overlay, ui=preview)
 
 
-nodes = [VelocityMask, CompositeEdit]
+def _repeated(pictures: Tensor, count: int) -> Tensor:
+    """A batch of pictures over and over, `count` in all."""
+    return pictures.repeat(count // len(pictures), 1, 1, 1)
+
+
+nodes = [VelocityMask, AttentionMask]

@@ -7,13 +7,11 @@ from comfy_execution.graph_utils import GraphBuilder
 from torch import Tensor
 
 from .host import arguments
+from .host.expanding import Link
 from .host.guiding import GuidanceMode, SourceTargetGuider
 from .host.sampling import EditSampler, EditSettings, Method
 
 highest_guidance = 100.0
-
-Link = list[str | int]
-"""An input as the graph holds it, [node id, slot], for nodes that expand into others."""
 
 
 class SourceTarget(io.ComfyNode):

@@ -72,6 +72,15 @@ def scaled_picture(image: Tensor, height: int, width: int) -> Tensor:
     return scaled.movedim(1, -1)
 
 
+def require_one_picture_each(image: Tensor | None, latent: Tensor) -> None:
+    """Refuse pictures that are neither one nor one for each row of a latent."""
+    if image is not None and len(image) not in (1, len(latent)):
+        raise ValueError(
+            f"image has {len(image)} pictures, the latent {len(latent)}: use one picture, or one "
+            "for each"
+        )
+
+
 def same_batch(**tensors: Tensor) -> list[Tensor]:
     """Repeat single images to the common batch size.
 
@@ -122,3 +131,20 @@ def placed_mask(mask: Tensor, covered: Tensor, source: Tensor) -> Tensor:
     top, left = int(rows[0]), int(columns[0])
     placed[:, top : top + len(rows), left : left + len(columns)] = mask
     return placed
+
+
+def require_finite_mask(mask: Tensor) -> None:
+    """Refuse a mask with NaN or infinity in it."""
+    if not torch.isfinite(mask).all():
+        raise ValueError("mask holds values that are not finite: check where it comes from")
+
+
+def mask_on_latent(mask: Tensor, latent: Tensor) -> Tensor:
+    """A (B or 1, H, W) mask at a latent's size: (B or 1, 1, [1,] h, w)."""
+    if len(mask) not in (1, len(latent)):
+        raise ValueError(
+            f"mask has {len(mask)} images, the latent {len(latent)}: use one mask, or one for each"
+        )
+    require_finite_mask(mask)
+    fitted = masks.resized(mask.float(), *latent.shape[-2:]).clamp(0, 1).to(latent)
+    return fitted.view(len(fitted), *[1] * (latent.ndim - 3), *fitted.shape[-2:])

@@ -16,7 +16,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from torch import Tensor
 
 from ...kernels import flow
-from . import arguments, families
+from . import arguments, families, tap, values
 
 Conditioning = list[Any]
 Options = dict[str, Any]
@@ -188,16 +188,18 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
     ) -> Tensor:
         """Denoised latents; for a pair, those of [target rows, source rows]."""
         if pair_key not in model_options:
-            return super().predict_noise(x, timestep, model_options, seed)
+            return super().predict_noise(x, timestep, _with_sources(model_options, []), seed)
         options = {key: value for key, value in model_options.items() if key != pair_key}
         (target, source), sigma = x.chunk(2), timestep[: len(x) // 2]
         if self.same_prompts and torch.equal(target, source):
-            denoised = super().predict_noise(target, sigma, options, seed)
+            alone = _with_sources(options, [])
+            denoised = super().predict_noise(target, sigma, alone, seed)
             return torch.cat([denoised, denoised])
         branches = [
             self._branch(self.conds, target, self.target_cfg, options),
             self._branch(self.source_conds, source, self.source_cfg, options),
         ]
+        options = _with_sources(options, branches[1].conds)
         predicted = _predict_together if self._can_share_a_call(options) else _predict_apart
         outputs = predicted(self.inner_model, branches, sigma, options)
         guided = [
@@ -226,6 +228,11 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         wrappers = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
         if comfy.patcher_extension.get_all_wrappers(wrappers, options, is_model_options=True):
             return False
+        if values.sharing_key in options["transformer_options"]:
+            # ComfyUI would run prompts of another length first, before there are source values.
+            lengths = [_text_shape(c["positive"]) for c in (self.conds, self.source_conds)]
+            if lengths[0] != lengths[1]:
+                return False
         prepared = [*self.conds.values(), *self.source_conds.values()]
         entries = [entry for conds in prepared for entry in conds]
         return not any("area" in entry or "control" in entry for entry in entries)
@@ -243,6 +250,20 @@ class Branch:
     @property
     def conds(self) -> list[list[dict] | None]:
         return [self.positive, self.negative]
+
+
+def _with_sources(options: Options, conds: list[list[dict] | None]) -> Options:
+    """Options that tell attention handlers which conditionings are the source's."""
+    inner = dict(options["transformer_options"])
+    inner[tap.source_key] = frozenset(c["uuid"] for entries in conds for c in entries or ())
+    if values.sharing_key in inner:
+        inner[values.shared_key] = values.SharedValues()
+    return {**options, "transformer_options": inner}
+
+
+def _text_shape(conds: list[dict]) -> list[torch.Size]:
+    texts = [entry["model_conds"].get("c_crossattn") for entry in conds]
+    return [text.cond.shape for text in texts if text is not None]
 
 
 def _predict_together(
@@ -277,14 +298,19 @@ def _predict_together(
 def _predict_apart(
     model: BaseModel, branches: list[Branch], sigma: Tensor, options: Options
 ) -> list[list[Tensor]]:
-    """One call for each branch, as the stock guider makes it."""
+    """One call for each branch, as the stock guider makes it; the source, which comes last in the
+    list, first, because the target may need what it leaves behind.
+    """
     custom = options.get("sampler_calc_cond_batch_function")
     if custom is None:
-        return [
-            comfy.samplers.calc_cond_batch(model, b.conds, b.x, sigma, options) for b in branches
+        outputs = [
+            comfy.samplers.calc_cond_batch(model, b.conds, b.x, sigma, options)
+            for b in branches[::-1]
         ]
-    shared = {"sigma": sigma, "model": model, "model_options": options}
-    return [custom({"conds": b.conds, "input": b.x, **shared}) for b in branches]
+    else:
+        shared = {"sigma": sigma, "model": model, "model_options": options}
+        outputs = [custom({"conds": b.conds, "input": b.x, **shared}) for b in branches[::-1]]
+    return outputs[::-1]
 
 
 def _guide(

@@ -147,9 +147,9 @@ def velocity_heat(guider: SourceTargetGuider, latent: Tensor, settings: HeatSett
     return probe.heat.cpu()
 
 
-def rough_picture(guider: SourceTargetGuider, latent: Tensor) -> Tensor:
+def rough_picture(patcher: ModelPatcher, latent: Tensor) -> Tensor:
     """The picture in a latent as ComfyUI's fast preview shows it, (B, h, w, 3) in [0, 1]."""
-    model = guider.model_patcher.model
+    model = patcher.model
     factors = model.latent_format.latent_rgb_factors
     if factors is None:
         return torch.full((len(latent), *latent.shape[-2:], 3), 0.5)

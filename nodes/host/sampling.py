@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...kernels import flow, masks
+from ...kernels import flow
+from . import arguments
 from .guiding import SourceTargetGuider
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class EditSampler(comfy.samplers.Sampler):
         """The mask widget's and the latent's noise mask multiplied, at the latent's size."""
         mask = None
         if self.settings.mask is not None:
-            mask = _fitted(self.settings.mask, latent)
+            mask = arguments.mask_on_latent(self.settings.mask, latent)
         if denoise_mask is not None:
             own = denoise_mask[:, :1].to(latent)
             mask = own if mask is None else mask * own
@@ -232,15 +233,3 @@ class _Run:
         return shaping(
             sigma_rows, self.mask, extra_options={"model": self.guider, "sigmas": self.sigmas}
         )
-
-
-def _fitted(mask: Tensor, latent: Tensor) -> Tensor:
-    """A (B or 1, H, W) mask at a latent's size: (B or 1, 1, [1,] h, w)."""
-    if len(mask) not in (1, len(latent)):
-        raise ValueError(
-            f"mask has {len(mask)} images, the latent {len(latent)}: use one mask, or one for each"
-        )
-    if not torch.isfinite(mask).all():
-        raise ValueError("mask holds values that are not finite: check where it comes from")
-    fitted = masks.resized(mask.float(), *latent.shape[-2:]).clamp(0, 1).to(latent)
-    return fitted.view(len(fitted), *[1] * (latent.ndim - 3), *fitted.shape[-2:])

@@ -16,20 +16,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from host import base, inprocess
-from portraits import checkpoint, text_encoder
+from portraits import checkpoint
+from portraits.formats import FORMATS
 
 Row = dict[str, Any]
 
 
 class Lab:
-    """The demo checkpoint, loaded by the stock loader of a ComfyUI in this process."""
+    """A demo model, loaded by the stock loaders of a ComfyUI in this process.
 
-    def __init__(self) -> None:
+    Args:
+        format: "sd3" or "flux".
+    """
+
+    def __init__(self, format: str = "sd3") -> None:
         folder = Path(tempfile.mkdtemp(prefix="pinpoint-bench-"))
         self.host = inprocess.start(base.make_base(folder))
-        loader = self.host.nodes["CheckpointLoaderSimple"]()
-        self.model, self.clip, self.vae = loader.load_checkpoint(checkpoint.name)
-        self._tables = text_encoder.embeddings()
+        self.format = format
+        if format == "flux":
+            (self.model,) = self.run(
+                "UNETLoader", unet_name=checkpoint.flux_name, weight_dtype="default"
+            )
+            (self.clip,) = self.run(
+                "CLIPLoader", clip_name=checkpoint.clip_name, type="stable_diffusion"
+            )
+            (self.vae,) = self.run("VAELoader", vae_name=checkpoint.vae_name)
+        else:
+            self.model, self.clip, self.vae = self.run(
+                "CheckpointLoaderSimple", ckpt_name=checkpoint.name
+            )
         self._compared = False
 
     def run(self, node_id: str, **inputs: Any) -> tuple:
@@ -47,13 +62,15 @@ class Lab:
         encoding takes seconds a prompt. The first prompt is encoded both ways and compared.
         """
         tokens = torch.tensor([self._tokens(text) for text in texts])
-        table, places = self._tables
-        context = F.pad(table[tokens].float() + places.float(), (0, 4096 - table.shape[1]))
+        context, pooled = FORMATS[self.format].context(tokens), 768
+        if self.format == "sd3":
+            context, pooled = F.pad(context, (0, 4096 - context.shape[-1])), 2048
         if not self._compared:
             ((stock, _),) = self.run("CLIPTextEncode", clip=self.clip, text=texts[0])[0]
             torch.testing.assert_close(context[:1], stock)
             self._compared = True
-        return [[context, {"pooled_output": torch.zeros(len(texts), 2048)}]]
+        # Neither demo model reads the pooled prompt.
+        return [[context, {"pooled_output": torch.zeros(len(texts), pooled)}]]
 
     def _tokens(self, text: str) -> list[int]:
         (tokens,) = self.clip.tokenize(text)["l"]

@@ -24,8 +24,8 @@ FOLDERS = (
 def make_base(folder: Path, *, checkpoint: bool = True, pack: Path = PACK) -> Path:
     """Prepare a base directory, or bring an existing one up to date, and return it.
 
-    The demo checkpoint is kept once per user, in the cache folder, and linked from every base;
-    `checkpoint=False` leaves it out.
+    The demo models are kept once per user, in the cache folder, and linked from every base;
+    `checkpoint=False` leaves them out.
     """
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -33,8 +33,11 @@ def make_base(folder: Path, *, checkpoint: bool = True, pack: Path = PACK) -> Pa
     if checkpoint:
         from portraits.checkpoint import ensure
 
-        file = ensure(cache_folder() / "models")
-        link_file(file, folder / "models" / "checkpoints" / file.name)
+        kept = cache_folder() / "models"
+        for file in ensure(kept):
+            place = folder / "models" / file.relative_to(kept)
+            place.parent.mkdir(exist_ok=True)
+            link_file(file, place)
     return folder
 
 

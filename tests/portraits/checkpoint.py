@@ -1,37 +1,63 @@
-"""The demo checkpoint: codec, transformer and text encoder in one SD3 file for the stock loader."""
+"""The demo models as files that stock loaders know, made from the shipped weights.
+
+One SD3 checkpoint with everything in it, and for Flux a transformer, a VAE and a text encoder.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from . import text_encoder, weights
+from . import codec, text_encoder, weights
 
 name = "pinpoint_portraits_sd3.safetensors"
+flux_name = "pinpoint_portraits_flux.safetensors"
+vae_name = "pinpoint_portraits_flux_vae.safetensors"
+clip_name = "pinpoint_portraits_clip_l.safetensors"
 
 
-def ensure(models_dir: Path) -> Path:
-    """The checkpoint in `models_dir/checkpoints`, made if it is absent or older than its parts.
+def ensure(models_dir: Path) -> list[Path]:
+    """The files below `models_dir`, each made if it is absent or older than its parts.
 
-    Takes a few seconds and 270 MB, nearly all of it the generated text encoder.
+    Takes a few seconds and 530 MB, nearly all of it the generated text encoder, twice.
     """
-    target = models_dir / "checkpoints" / name
-    parts = (weights.codec_file, weights.transformer_file)
-    if target.exists() and target.stat().st_mtime >= max(p.stat().st_mtime for p in parts):
-        return target
+    codec_file, sd3, flux = weights.codec_file, *weights.transformer_files.values()
+    recipes: dict[str, tuple[Callable[[], dict[str, Tensor]], tuple[Path, ...]]] = {
+        f"checkpoints/{name}": (sd3_checkpoint, (codec_file, sd3)),
+        f"diffusion_models/{flux_name}": (lambda: load_file(flux), (flux,)),
+        f"vae/{vae_name}": (flux_vae, (codec_file,)),
+        f"text_encoders/{clip_name}": (text_encoder.state_dict, ()),
+    }
+    for target, (make, parts) in recipes.items():
+        _make(models_dir / target, make, parts)
+    return [models_dir / target for target in recipes]
+
+
+def _make(target: Path, make: Callable[[], dict[str, Tensor]], parts: tuple[Path, ...]) -> None:
+    newest = max((part.stat().st_mtime for part in parts), default=0)
+    if target.exists() and target.stat().st_mtime >= newest:
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".part")
-    save_file(assemble(*parts), unfinished)
+    save_file(make(), unfinished)
     unfinished.replace(target)
-    return target
 
 
-def assemble(codec: Path, transformer: Path) -> dict:
+def sd3_checkpoint() -> dict[str, Tensor]:
     """The tensors of an SD3 checkpoint, in the key names of Stability's single files."""
     prefixed = {
-        "first_stage_model.": load_file(codec),
-        "model.diffusion_model.": load_file(transformer),
+        "first_stage_model.": load_file(weights.codec_file),
+        "model.diffusion_model.": load_file(weights.transformer_files["sd3"]),
         "text_encoders.clip_l.transformer.": text_encoder.state_dict(),
     }
     return {prefix + key: t for prefix, part in prefixed.items() for key, t in part.items()}
+
+
+def flux_vae() -> dict[str, Tensor]:
+    """The same codec, its latents scaled as Flux's are instead of SD3's."""
+    scale, shift = torch.tensor(codec.flux_scale).half(), torch.tensor(codec.flux_shift).half()
+    return {**load_file(weights.codec_file), "vae_scale": scale, "vae_shift": shift}

@@ -16,6 +16,8 @@ spread = torch.tensor([1.0] * 3 + [0.6] * 13)
 """Deviation of each latent channel; the rare large values of fine detail must fit TAESD's clamp."""
 sd3_scale, sd3_shift = 1.5305, 0.0609
 """SD3's latent format: the transformer sees (raw - shift) * scale, which is what we train on."""
+flux_scale, flux_shift = 0.3611, 0.1159
+"""Flux's latent format; scaled so, the same latents reach a Flux transformer."""
 
 
 def build() -> nn.Module:

@@ -21,7 +21,7 @@ from portraits.training import Trainer
 
 # The issue asks for 10 ms a portrait, which the benches show; a loaded machine gets three times it.
 MILLISECONDS_A_PORTRAIT = 30
-CODEC_PSNR, CODEC_BYTES, TRANSFORMER_BYTES = 28.0, 5e6, 10e6
+CODEC_PSNR, CODEC_BYTES, SD3_BYTES, FLUX_BYTES = 28.0, 5e6, 10e6, 12e6
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +239,11 @@ def test_projection_is_that_of_its_blocks() -> None:
 
 @pytest.mark.parametrize(
     ("file", "limit"),
-    [(weights.codec_file, CODEC_BYTES), (weights.transformer_file, TRANSFORMER_BYTES)],
+    [
+        (weights.codec_file, CODEC_BYTES),
+        (weights.transformer_files["sd3"], SD3_BYTES),
+        (weights.transformer_files["flux"], FLUX_BYTES),
+    ],
     ids=["codec", "transformer"],
 )
 def test_weights_are_small_enough_to_ship(file: Path, limit: float) -> None:

@@ -4,4 +4,4 @@ from pathlib import Path
 
 folder = Path(__file__).parent / "weights"
 codec_file = folder / "taesd_portraits.safetensors"
-transformer_file = folder / "sd3_portraits.safetensors"
+transformer_files = {name: folder / f"{name}_portraits.safetensors" for name in ("sd3", "flux")}

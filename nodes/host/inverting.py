@@ -1,0 +1,183 @@
+"""The Invert node's work: run an inversion, keep its way and its values, measure the way back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import node_helpers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+from torch import Tensor
+
+from . import families, values
+from .guiding import Conditioning
+from .inversion import (
+    FlowSampler,
+    InvertedNoise,
+    SolverSettings,
+    Trajectory,
+    calls_per_step,
+    checked_schedule,
+    leading_noise,
+)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """One inversion: model, prompt and solver.
+
+    Raises:
+        ValueError: not a flow model, or guidance other than 1 without a negative prompt.
+    """
+
+    model: ModelPatcher
+    source: Conditioning
+    negative: Conditioning | None
+    guidance: float
+    settings: SolverSettings
+    seed: int
+
+    def __post_init__(self) -> None:
+        families.require_flow(self.model)
+        embedded = families.has_embedded_guidance(self.model)
+        if self.guidance != 1 and not embedded and self.negative is None:
+            raise ValueError(
+                f"negative is not connected, but guidance is {self.guidance:g}: connect a negative "
+                "prompt (empty text will do) or set guidance to 1"
+            )
+
+    def run(self, latent: Tensor, sigmas: Tensor, measured: bool) -> tuple[Trajectory, str]:
+        """Invert a latent from the wire; returns the way in the model's space and a report.
+
+        Raises:
+            ValueError: sigmas that do not rise or fall, or a recording above its limit.
+        """
+        rising = sorted(checked_schedule(sigmas))
+        model = self.model.clone()
+        options = model.model_options["transformer_options"]
+        recording, report = self._recording(options, latent, rising)
+        if report:
+            _show(report[0])
+        if recording is not None:
+            options[values.recording_key] = recording
+        states: list[Tensor] = []
+        total = (len(rising) - 1) * (2 if measured else 1)
+        progress = _progress(model, total)
+        sampler = FlowSampler(self.settings, lambda _sigma, x: states.append(x.cpu()))
+        self._sample(model, sampler, torch.zeros_like(latent), latent, rising, progress)
+        noise = leading_noise(states[-1], states[0], rising[-1])
+        trajectory = Trajectory(
+            rising[::-1], torch.stack(states[::-1]), noise, families.name(model), recording
+        )
+        calls = (len(rising) - 1) * calls_per_step[self.settings.method]
+        calls += self.settings.method == "FireFlow"
+        report = [f"{len(rising) - 1} steps, {calls} model calls", *report]
+        if measured:
+            after = _progress(model, total, offset=len(rising) - 1)
+            report.append(self._round_trip(trajectory, latent, after))
+        return trajectory, "\n".join(report)
+
+    def latent_of(self, noise: Tensor) -> Tensor:
+        """Noise in the model's space as it goes on a LATENT wire."""
+        return self.model.model.process_latent_out(noise)
+
+    def _recording(
+        self, options: dict[str, Any], latent: Tensor, rising: list[float]
+    ) -> tuple[values.Recording | None, list[str]]:
+        settings: values.RecordSettings | None = options.get(values.recorder_key)
+        if settings is None:
+            return None, []
+        text = self.source[0][0].shape[1]
+        levels = evaluated_sigmas(self.settings.method, rising)
+        cost = settings.cost(self.model, latent, text, levels)
+        if cost > settings.limit:
+            raise ValueError(
+                f"recording would take {cost / 1e9:.2f} GB, its limit is "
+                f"{settings.limit / 1e9:.2f} GB: choose fewer blocks, a shorter part of the steps, "
+                "fp8, or raise limit_gb in Record Values"
+            )
+        if cost == 0:
+            raise ValueError(
+                "Record Values has no step of this schedule between its start and end: widen them"
+            )
+        return values.Recording(settings), [f"recorded values take {cost / 1e6:.1f} MB"]
+
+    def _sample(
+        self,
+        model: ModelPatcher,
+        sampler: comfy.samplers.Sampler,
+        noise: Tensor,
+        latent: Tensor,
+        schedule: list[float],
+        progress: Callable[..., None],
+    ) -> Tensor:
+        guider = comfy.samplers.CFGGuider(model)
+        source = self.source
+        if families.has_embedded_guidance(model):
+            source = node_helpers.conditioning_set_values(source, {"guidance": self.guidance})
+        negative = {} if self.negative is None else {"negative": self.negative}
+        guider.inner_set_conds({"positive": source, **negative})
+        guider.set_cfg(1.0 if families.has_embedded_guidance(model) else self.guidance)
+        return guider.sample(
+            noise,
+            latent,
+            sampler,
+            torch.tensor(schedule),
+            callback=progress,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=self.seed,
+        )
+
+    def _round_trip(
+        self, trajectory: Trajectory, latent: Tensor, progress: Callable[..., None]
+    ) -> str:
+        plain = replace(self.settings, eta=0.0)
+        model = self.model.clone()
+        back = self._sample(
+            model, FlowSampler(plain), trajectory.noise, latent, trajectory.sigmas, progress
+        )
+        error = (back - latent).float().pow(2).mean().sqrt()
+        share = float(error / latent.float().pow(2).mean().sqrt().clamp(min=1e-12))
+        decibels = -20 * math.log10(max(share, 1e-9))
+        return f"round trip: {100 * share:.2f} % of the latent's size ({decibels:.1f} dB)"
+
+
+def evaluated_sigmas(method: str, schedule: list[float]) -> list[float]:
+    """The noise levels at which a solver evaluates the model on a schedule."""
+    firsts = schedule[:-1]
+    middles = [(a + b) / 2 for a, b in pairwise(schedule)]
+    if method == "RF-Solver":
+        return firsts + middles
+    return firsts[:1] + middles if method == "FireFlow" else firsts
+
+
+def noise_of(trajectory: Trajectory) -> InvertedNoise:
+    """The NOISE that leads back along a trajectory."""
+    return InvertedNoise(trajectory.noise)
+
+
+def noise_from(model: ModelPatcher, samples: Tensor) -> InvertedNoise:
+    """A latent from the wire as NOISE."""
+    return InvertedNoise(model.model.process_latent_in(samples.float()))
+
+
+def _progress(model: ModelPatcher, total: int, offset: int = 0) -> Callable[..., None]:
+    """A sampler's callback that previews the picture and counts on from an offset."""
+    preview = latent_preview.prepare_callback(model, total)
+    return lambda step, denoised, x, _total: preview(step + offset, denoised, x, total)
+
+
+def _show(text: str) -> None:
+    """Text on the node that is at work."""
+    context = get_executing_context()
+    if context is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)
