@@ -69,12 +69,16 @@ def pack(host: Host) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_model(host: Host) -> Callable[[str], Any]:
-    """A function that loads one of the models of `tiny` with the stock loader."""
+    """A function that loads one of the models of `tiny` with the stock loader.
 
-    from host import stock
+    Those of `tiny_built`, which no loader takes, it builds.
+    """
+    from host import stock, tiny_built
 
     @cache
     def load(name: str) -> Any:
+        if name in tiny_built.RECIPES:
+            return tiny_built.model(name)
         file = tiny.ensure(name, host.base / "models" / "diffusion_models")
         return stock.call("UNETLoader", unet_name=file, weight_dtype="default")[0]
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -144,28 +145,29 @@ def sd15() -> Weights:
             use_spatial_transformer=True,
             operations=disable_weight_init,
         )
-    return {name: tensor.half() for name, tensor in _drawn(model, seed=15).items()}
+    return {name: tensor.half() for name, tensor in drawn(model, seed=15).items()}
 
 
-def wan() -> Weights:
-    """A Wan video transformer with two blocks; its latents are 5-D."""
+def wan(model_type: str = "t2v", **settings: Any) -> Weights:
+    """A Wan video transformer with two blocks; its latents are 5-D.
+
+    Args:
+        model_type: "t2v", or "i2v" for one that also attends to CLIP's view of a picture.
+        settings: of ComfyUI's class, in place of those here.
+    """
     from comfy.ldm.wan.model import WanModel
     from comfy.ops import disable_weight_init
 
+    sizes = dict(dim=128, ffn_dim=256, num_heads=1, num_layers=2)
+    sizes |= dict(in_dim=latent_channels, out_dim=latent_channels, text_dim=text_width)
     with torch.device("meta"):
         model = WanModel(
-            model_type="t2v",
-            dim=128,
-            ffn_dim=256,
-            num_heads=1,
-            num_layers=2,
-            in_dim=latent_channels,
-            out_dim=latent_channels,
-            text_dim=text_width,
+            model_type=model_type,
             cross_attn_norm=True,
             operations=disable_weight_init,
+            **{**sizes, **settings},
         )
-    return _drawn(model, seed=5)
+    return drawn(model, seed=5)
 
 
 def flux2() -> Weights:
@@ -197,10 +199,10 @@ def flux2() -> Weights:
             ref_index_scale=10.0,
             operations=disable_weight_init,
         )
-    return _drawn(model, seed=2)
+    return drawn(model, seed=2)
 
 
-def _drawn(model: nn.Module, seed: int) -> Weights:
+def drawn(model: nn.Module, seed: int) -> Weights:
     """Weights for a model that has shapes only."""
     make = Maker(seed)
     for name, parameter in model.state_dict().items():
@@ -216,15 +218,19 @@ RECIPES: dict[str, Callable[[], Weights]] = {
     "sd3": sd3,
     "sd3_bare": lambda: sd3(pooled=False),
     "sd35": lambda: sd3(normalised=True, dual=(0,)),
+    "sd35_large": lambda: sd3(normalised=True),
     "flux": flux,
     "flux2": flux2,
     "schnell": lambda: flux(guidance=False),
     "sd15": sd15,
     "wan": wan,
+    "wan_i2v": lambda: wan("i2v", in_dim=36),
+    "wan_reference": lambda: wan(in_dim_ref_conv=latent_channels),
 }
 
 # Only metadata tells ComfyUI that a Wan model reads text of an unusual width.
-METADATA = {"wan": {"config": json.dumps({"transformer": {"text_dim": text_width}})}}
+WAN = {"config": json.dumps({"transformer": {"text_dim": text_width}})}
+METADATA = {name: WAN for name in RECIPES if name.startswith("wan")}
 
 
 def ensure(name: str, folder: Path) -> str:
