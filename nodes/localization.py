@@ -370,7 +370,8 @@ class AttentionMask(io.ComfyNode):
         )
         requests = attention_map.requests_for(source_prompt, target_prompt, added, removed)
         maps = attention_map.located(model, clip, requests, samples_latent, settings)
-        heat = attention_map.phrase_heat(maps, clip_low / 100, clip_high / 100, contrast)
+        bounds = clip_low / 100, clip_high / 100
+        heat = torch.cat([attention_map.phrase_heat(m, *bounds, contrast) for m in maps], 1)
         shape = attention_map.MaskShape(threshold, softness, smallest_part, dilation, soft_edge)
         size = arguments.pixel_size(model, samples_latent)
         count = heat.shape[1]

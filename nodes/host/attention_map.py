@@ -21,6 +21,9 @@ from . import layouts, phrases, tap
 from .guiding import Conditioning
 from .layouts import Block, Place
 
+longest_clause = 5
+"""Words; a longer one is taken for a sentence."""
+
 
 @dataclass(frozen=True)
 class GatherSettings:
@@ -228,12 +231,8 @@ def located(
     requests: list[Request],
     latent: Tensor,
     settings: GatherSettings,
-) -> Tensor:
-    """Maps of all phrases of all requests and of the rest of each prompt.
-
-    Returns:
-        (B, phrases, 2, rows, columns): the phrase's map and the rest's, phrases in order.
-    """
+) -> list[Tensor]:
+    """Maps of each request's phrases and, last, of the rest of its prompt, see `gathered`."""
     encoded = [
         phrases.encode_with_positions(
             clip, request.text, request.wanted, request.prompt_name, request.phrases_name
@@ -241,14 +240,13 @@ def located(
         for request in requests
     ]
     progress = comfy.utils.ProgressBar(settings.samples * len(requests))
-    parts = []
+    maps = []
     for request, prompt in zip(requests, encoded, strict=True):
-        columns = phrase_columns(prompt, request.wanted)
-        conditioning = prompt.conditioning
-        maps = gathered(model, conditioning, columns, latent, settings, lambda: progress.update(1))
-        own, rest = maps[:, :-1], maps[:, -1:]
-        parts.append(torch.stack([own, rest.expand_as(own)], 2))
-    return torch.cat(parts, 1)
+        columns, conditioning = phrase_columns(prompt, request.wanted), prompt.conditioning
+        maps.append(
+            gathered(model, conditioning, columns, latent, settings, lambda: progress.update(1))
+        )
+    return maps
 
 
 def phrase_columns(prompt: phrases.EncodedPrompt, wanted: list[str]) -> Tensor:
@@ -306,7 +304,7 @@ def requests_for(source: str, target: str, added: str, removed: str) -> list[Req
     """
     wanted_removed, wanted_added = (phrases.split_phrases(text) for text in (removed, added))
     if not wanted_added and not wanted_removed:
-        wanted_removed, wanted_added = phrases.changed_phrases(source, target, whole=True)
+        wanted_removed, wanted_added = _changed(source, target)
     if not wanted_added and not wanted_removed:
         raise ValueError(
             "source_prompt and target_prompt say the same, so there is nothing to locate: change "
@@ -317,6 +315,17 @@ def requests_for(source: str, target: str, added: str, removed: str) -> list[Req
         Request(source, wanted_removed, "source_prompt", "removed"),
     )
     return [request for request in given if request.wanted]
+
+
+def _changed(source: str, target: str) -> tuple[list[str], list[str]]:
+    """The clauses in which two prompts differ, or only the changed words if these are sentences.
+
+    A clause such as "red hat" brings its noun along; a whole sentence would bring the picture.
+    """
+    clauses = phrases.changed_phrases(source, target, whole=True)
+    if all(len(clause.split()) <= longest_clause for side in clauses for clause in side):
+        return clauses
+    return phrases.changed_phrases(source, target)
 
 
 def chosen_heads(text: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.lab import Lab, Row, arguments, report
+from bench.portrait_scores import Panel
 from portraits.dataset import Edit, edited_pixels, edits, pictures
 from portraits.judging import intersection_over_union, nearest_values, outside, psnr
 from portraits.people import attributes
@@ -60,6 +61,11 @@ class Case:
     decoded: Tensor
     prompts: dict[str, list]
     seed: int
+
+    @cached_property
+    def panel(self) -> Panel:
+        """Drawings that judge the edits, made when first needed."""
+        return Panel(self.edits)
 
 
 def cases(lab: Lab, split: str, seed: int, count: int) -> Iterator[Case]:
@@ -160,6 +166,7 @@ def sdedit(lab: Lab, model: Any, case: Case, strength: float) -> tuple[Tensor, N
 
 
 Method = Callable[[Lab, Any, Case], tuple[Tensor, Tensor | None]]
+Score = Callable[[Case, Tensor, Tensor | None], dict[str, Tensor]]
 
 
 def methods() -> dict[str, Method]:
@@ -230,13 +237,15 @@ def edited_as_asked(case: Case, edited: Tensor) -> Tensor:
     return verdicts
 
 
-def measured(lab: Lab, name: str, method: Method, all_cases: list[Case]) -> list[Row]:
+def measured(
+    lab: Lab, name: str, method: Method, all_cases: list[Case], score: Score = scores
+) -> list[Row]:
     """A row for the method and one for each attribute."""
     collected: dict[str, list[Tensor]] = {}
     model, calls = lab.counting(lab.model)
     started = time.perf_counter()
     for case in all_cases:
-        for figure, values in scores(case, *method(lab, model, case)).items():
+        for figure, values in score(case, *method(lab, model, case)).items():
             collected.setdefault(figure, []).append(values)
     seconds = time.perf_counter() - started
     figures = {figure: torch.cat(values) for figure, values in collected.items()}

@@ -38,35 +38,75 @@ def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((1, 2)) / union
 
 
-def nearest_values(images: Tensor, portraits: Sequence[Portrait], attribute: str) -> list[str]:
-    """The value of an attribute that each picture shows.
+def drawn_values(
+    portraits: Sequence[Portrait], attribute: str, size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Portraits with every value of an attribute, and where these drawings differ.
 
-    Each value is drawn into the portrait; the nearest drawing wins, compared in the attribute's
-    region: the pixels that any of its values would change.
+    Returns:
+        (values, B, 3, size, size) uint8, and the region (B, size, size) of 0 and 1: the pixels
+        that any value would change.
     """
-    size, reference = images.shape[-1], draw(portraits, images.shape[-1])
+    reference = draw(portraits, size)
     drawings = [
         draw([p.having(attribute, value) for p in portraits], size)
         for value in attributes[attribute]
     ]
     region = torch.stack([edited_pixels(reference, d) for d in drawings]).amax(0)
-    errors = torch.stack([((images - d).pow(2).mean(1) * region).sum((1, 2)) for d in drawings])
-    return [attributes[attribute][index] for index in errors.argmin(0)]
+    return torch.stack([(d * 255).round().byte() for d in drawings]), region
+
+
+def nearest(images: Tensor, drawings: Tensor, region: Tensor) -> list[int]:
+    """Which of `drawn_values` each picture is nearest to inside the region."""
+    errors = [((images - d.float() / 255).pow(2).mean(1) * region).sum((1, 2)) for d in drawings]
+    return torch.stack(errors).argmin(0).tolist()
+
+
+def nearest_values(images: Tensor, portraits: Sequence[Portrait], attribute: str) -> list[str]:
+    """The value of an attribute that each picture shows: the nearest drawing wins."""
+    drawn = drawn_values(portraits, attribute, images.shape[-1])
+    return [attributes[attribute][index] for index in nearest(images, *drawn)]
+
+
+def ssim(a: Tensor, b: Tensor, area: Tensor | None = None) -> Tensor:
+    """Structural similarity of each pair of pictures, mean over an area (B, H, W) if one is given.
+
+    Wang et al., 2004: Gaussian window of 11 with deviation 1.5, on luminance, range 1.
+    """
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    x, y = ((picture * weights).sum(1, keepdim=True).double() for picture in (a, b))
+    offsets = torch.arange(-5, 6, dtype=torch.float64)
+    line = torch.exp(-0.5 * (offsets / 1.5) ** 2)
+    window = torch.outer(line, line).view(1, 1, 11, 11) / line.sum() ** 2
+
+    def mean(picture: Tensor) -> Tensor:
+        return F.conv2d(F.pad(picture, (5, 5, 5, 5), mode="reflect"), window)
+
+    mx, my = mean(x), mean(y)
+    vx, vy, vxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    local = ((2 * mx * my + c1) * (2 * vxy + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    area = torch.ones_like(local[:, 0]) if area is None else area.double()
+    return ((local[:, 0] * area).sum((1, 2)) / area.sum((1, 2)).clamp(min=1)).float()
 
 
 def fitted_identities(
-    images: Tensor, portraits: Sequence[Portrait], steps: int = 120, size: int = 64
+    images: Tensor,
+    portraits: Sequence[Portrait],
+    steps: int = 120,
+    size: int = 64,
+    moles: Sequence[float] = (0.05, 0.8),
 ) -> list[Portrait]:
     """People with the given attributes whose identity is fitted to pictures.
 
-    The drawer is differentiable in the identity, so Adam on the picture error finds it; two starts
-    differ in the presence of the mole.
+    The drawer is differentiable in the identity, so Adam on the picture error finds it; the starts
+    differ in the size of the mole.
     """
     low, high = torch.tensor(list(identity_ranges.values())).T
     seen = F.interpolate(images, (size, size), mode="area")
     best_error = torch.full((len(images),), torch.inf)
     best = torch.zeros(len(images), len(low))
-    for mole in (0.05, 0.8):
+    for mole in moles:
         unit = torch.full_like(best, 0.5)
         unit[:, -1] = mole
         unit.requires_grad_()
@@ -90,9 +130,5 @@ def fitted_identities(
 
 def visible(portraits: Sequence[Portrait], attribute: str, smallest: int) -> list[bool]:
     """Whether changing the attribute would change at least `smallest` pixels of each portrait."""
-    reference = draw(portraits)
-    drawings = [
-        draw([p.having(attribute, value) for p in portraits]) for value in attributes[attribute]
-    ]
-    region = torch.stack([edited_pixels(reference, d) for d in drawings]).amax(0)
+    _, region = drawn_values(portraits, attribute)
     return [bool(count >= smallest) for count in region.sum((1, 2))]
