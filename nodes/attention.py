@@ -6,9 +6,10 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 from torch import Tensor
 
+from ..kernels.solvers import Trend
 from .host import arguments, expanding, layouts, sculpting, values, widgets
 from .host.expanding import Link
-from .host.inversion import SolverSettings
+from .host.inversion import Method, SolverSettings
 from .host.inversion import Trajectory as TrajectoryValue
 
 
@@ -70,8 +71,8 @@ class RecordValues(io.ComfyNode):
         blocks: str,
         start: float,
         end: float,
-        tokens: str,
-        precision: str,
+        tokens: values.Tokens,
+        precision: values.Precision,
         device: str,
         limit_gb: float,
     ) -> io.NodeOutput:
@@ -138,7 +139,7 @@ class InjectValues(io.ComfyNode):
         start: float,
         end: float,
         strength: float,
-        trend: str,
+        trend: Trend,
         trajectory: TrajectoryValue | None = None,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
@@ -198,11 +199,11 @@ class StructureDetailSampler(io.ComfyNode):
         cls,
         trajectory: TrajectoryValue,
         mask: Tensor,
-        method: str,
+        method: Method,
         start: float,
         end: float,
         strength: float,
-        trend: str,
+        trend: Trend,
         anchor: bool,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
@@ -299,7 +300,7 @@ class SculptWithWords(io.ComfyNode):
         target_prompt: str,
         steps: int,
         guidance: float,
-        method: str,
+        method: Method,
         locator: str,
         mask_threshold: float,
         structure_end: float,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..kernels.solvers import Trend
 from .host import arguments, inverting, widgets
-from .host.inversion import FlowSampler, SolverSettings
+from .host.inversion import FlowSampler, Method, SolverSettings
 
 
 class FlowSolver(io.ComfyNode):
@@ -74,12 +75,12 @@ class FlowSolver(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        method: str,
+        method: Method,
         gamma: float,
         eta: float,
         eta_start: float,
         eta_end: float,
-        eta_trend: str,
+        eta_trend: Trend,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
         settings = SolverSettings(method, gamma, eta, eta_start, eta_end, eta_trend)
@@ -172,7 +173,7 @@ class Invert(io.ComfyNode):
         source: io.Conditioning.Type,
         latent: io.Latent.Type,
         sigmas: Tensor,
-        method: str,
+        method: Method,
         guidance: float,
         gamma: float,
         seed: int,

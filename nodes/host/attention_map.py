@@ -171,7 +171,25 @@ def gathered(
         ValueError: none of the chosen blocks' attentions was reached.
     """
     gatherer = _Gatherer(columns, settings, layouts.layout_of(model).text_padding)
-    guider = comfy.samplers.CFGGuider(tap.tapped(model, tap.observing(gatherer.look)))
+    tapped = tap.tapped(model, tap.observing(gatherer.look))
+    probe(tapped, prompt, latent, settings, progress)
+    if not gatherer.sums:
+        raise ValueError(
+            "blocks names only blocks in which the picture does not attend to the prompt, or "
+            "another node replaces their attention: choose others"
+        )
+    return gatherer.maps().cpu()
+
+
+def probe(
+    model: ModelPatcher,
+    prompt: Conditioning,
+    latent: Tensor,
+    settings: GatherSettings,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Call a model on a noised picture, once for each sample, for its taps to look at."""
+    guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": prompt})
     guider.set_cfg(1.0)
     guider.sample(
@@ -182,12 +200,6 @@ def gathered(
         seed=settings.seed,
         disable_pbar=True,
     )
-    if not gatherer.sums:
-        raise ValueError(
-            "blocks names only blocks in which the picture does not attend to the prompt, or "
-            "another node replaces their attention: choose others"
-        )
-    return gatherer.maps().cpu()
 
 
 def phrase_heat(maps: Tensor, low: float, high: float, contrast: float) -> Tensor:

@@ -34,6 +34,8 @@ calls_per_step = {"RF-Solver": 2, "FireFlow": 1, "Euler": 1, "RF-Inversion": 1}
 
 lowest_sigma = 1e-3
 """Noise level that the model is told at sigma 0, where a velocity cannot be read from x0."""
+flipped_zero = 1e-4
+"""What ComfyUI's Flip Sigmas puts in place of sigma 0."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def velocity_of(
 
 
 def checked_schedule(sigmas: Tensor) -> list[float]:
-    """Sigmas as numbers, rising or falling strictly within [0, 1].
+    """Sigmas as numbers, rising or falling strictly within [0, 1]; flipped ones begin at 0 again.
 
     Raises:
         ValueError: for anything else.
@@ -214,7 +216,7 @@ def checked_schedule(sigmas: Tensor) -> list[float]:
             f"sigmas ({listed} ...) do not rise or fall between 0 and 1: connect the sigmas of a "
             "scheduler for this flow model"
         )
-    return schedule
+    return [0.0, *schedule[1:]] if rising and schedule[0] <= flipped_zero else schedule
 
 
 @dataclass(frozen=True)
@@ -241,25 +243,39 @@ class Trajectory:
         return self.latents[-1]
 
     def at(self, sigma: float, like: Tensor) -> Tensor:
-        """The latent at a noise level; between two levels of the schedule, on a straight line."""
+        """The latent at a noise level; between two of the schedule's, on a straight line."""
         position = next((i for i, s in enumerate(self.sigmas) if s <= sigma), len(self.sigmas) - 1)
         low = self.sigmas[position]
-        if position == 0 or math.isclose(low, sigma, rel_tol=1e-6, abs_tol=1e-9):
+        ends = position == 0 or sigma < low
+        if ends or math.isclose(low, sigma, rel_tol=1e-6, abs_tol=1e-9):
             return self.latents[position].to(like)
         part = (sigma - low) / (self.sigmas[position - 1] - low)
         return self.latents[position].lerp(self.latents[position - 1], part).to(like)
 
-    def require_fitting(self, latent: Tensor) -> None:
-        """Refuse a latent of another size or batch.
+    def require_fitting(self, latent: Tensor, family: str) -> None:
+        """Refuse a latent of another size or batch, and another model family.
 
         Raises:
-            ValueError: the sizes differ.
+            ValueError: for either.
         """
+        self.require_family(family)
         expected = tuple(self.source.shape)
         if expected != tuple(latent.shape):
             raise ValueError(
                 f"trajectory was made from a latent of {_size(expected)}, the sampler has "
                 f"{_size(tuple(latent.shape))}: connect the latent that was inverted"
+            )
+
+    def require_family(self, family: str) -> None:
+        """Refuse another model family than the one that made it.
+
+        Raises:
+            ValueError: the families differ.
+        """
+        if family != self.family:
+            raise ValueError(
+                f"trajectory was made with {self.family}, the model is {family}: invert with the "
+                "model that edits"
             )
 
 

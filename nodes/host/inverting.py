@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import latent_preview
@@ -28,6 +29,7 @@ from .inversion import (
     calls_per_step,
     checked_schedule,
     leading_noise,
+    lowest_sigma,
 )
 
 
@@ -74,7 +76,8 @@ class Inversion:
         progress = _progress(model, total)
         sampler = FlowSampler(self.settings, lambda _sigma, x: states.append(x.cpu()))
         self._sample(model, sampler, torch.zeros_like(latent), latent, rising, progress)
-        noise = leading_noise(states[-1], states[0], rising[-1])
+        clean = states[0] / (1 - rising[0])
+        noise = leading_noise(states[-1], clean, rising[-1])
         trajectory = Trajectory(
             rising[::-1], torch.stack(states[::-1]), noise, families.name(model), recording
         )
@@ -96,9 +99,8 @@ class Inversion:
         settings: values.RecordSettings | None = options.get(values.recorder_key)
         if settings is None:
             return None, []
-        text = self.source[0][0].shape[1]
         levels = evaluated_sigmas(self.settings.method, rising)
-        cost = settings.cost(self.model, latent, text, levels)
+        cost = settings.cost(self.model, latent, self._text_tokens(latent), levels)
         if cost > settings.limit:
             raise ValueError(
                 f"recording would take {cost / 1e9:.2f} GB, its limit is "
@@ -110,6 +112,14 @@ class Inversion:
                 "Record Values has no step of this schedule between its start and end: widen them"
             )
         return values.Recording(settings), [f"recorded values take {cost / 1e6:.1f} MB"]
+
+    def _text_tokens(self, latent: Tensor) -> int:
+        """Tokens of the prompt as the model gets them; Flux.2 lengthens short prompts."""
+        conds = comfy.sampler_helpers.convert_cond(self.source[:1])
+        prepared = comfy.samplers.encode_model_conds(
+            self.model.model.extra_conds, conds, latent, latent.device, "positive"
+        )
+        return prepared[0]["model_conds"]["c_crossattn"].cond.shape[1]
 
     def _sample(
         self,
@@ -152,12 +162,14 @@ class Inversion:
 
 
 def evaluated_sigmas(method: str, schedule: list[float]) -> list[float]:
-    """The noise levels at which a solver evaluates the model on a schedule."""
+    """The noise levels that the model is told when a solver runs a schedule, each of them once."""
     firsts = schedule[:-1]
     middles = [(a + b) / 2 for a, b in pairwise(schedule)]
     if method == "RF-Solver":
-        return firsts + middles
-    return firsts[:1] + middles if method == "FireFlow" else firsts
+        levels = firsts + middles
+    else:
+        levels = firsts[:1] + middles if method == "FireFlow" else firsts
+    return sorted({max(level, lowest_sigma) for level in levels})
 
 
 def noise_of(trajectory: Trajectory) -> InvertedNoise:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import flow, solvers
-from . import arguments
+from . import arguments, families
 from .inversion import FlowSampler, SolverSettings, Trajectory
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class SculptSampler(FlowSampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         """ComfyUI's sampler interface."""
-        self.way.require_fitting(latent_image)
+        self.way.require_fitting(latent_image, families.name(model_wrap.model_patcher))
         if sigmas[0] < sigmas[-1]:
             raise ValueError(
                 "sigmas rise, which would invert: connect the sigmas of a scheduler without "

@@ -96,8 +96,7 @@ class Recording:
     def keep(self, attention: tap.Attention) -> None:
         """Record an attention's values, unless the same were recorded before."""
         call, place, settings = attention.call, attention.place, self.settings
-        chosen = place.block in settings.blocks and place.kind != "cross"
-        if not chosen or not settings.wants(call.sigma):
+        if not _is_chosen(place, settings.blocks) or not settings.wants(call.sigma):
             return
         levels = self.kept.setdefault((place.block, call.window), {})
         rows = call.rows_of(lambda _uuid, index: index == 0)
@@ -161,11 +160,16 @@ class InjectSettings:
     strength: float = 1.0
     trend: solvers.Trend = "constant"
 
-    def weight(self, place: Place, sigma: float, like: Tensor) -> Tensor | None:
-        """(B or 1, tokens of the picture): how much of the recorded values; None where nothing."""
-        if place.block not in self.blocks or place.kind == "cross":
+    def weight(self, attention: tap.Attention) -> Tensor | None:
+        """(B or 1, tokens of the picture): how much of the recorded values; None where nothing.
+
+        Raises:
+            ValueError: the mask's batch is not the latent's.
+        """
+        place, call, like = attention.place, attention.call, attention.v
+        if not _is_chosen(place, self.blocks):
             return None
-        span = max(self.first_sigma - self.last_sigma, 1e-9)
+        span, sigma = max(self.first_sigma - self.last_sigma, 1e-9), call.sigma
         progress = max(0.0, (self.first_sigma - sigma) / span) if sigma <= self.first_sigma else -1
         strength = solvers.strength_at(progress, self.strength, 0.0, 1.0, self.trend)
         if strength == 0:
@@ -173,8 +177,22 @@ class InjectSettings:
         frames, height, width = place.grid
         if self.mask is None:
             return like.new_full((1, math.prod(place.grid)), strength)
+        if len(self.mask) not in (1, call.rows):
+            raise ValueError(
+                f"mask has {len(self.mask)} images, the latent {call.rows}: use one mask, or one "
+                "for each"
+            )
         mask = masks.resized(self.mask.float(), height, width).clamp(0, 1)
         return strength * (1 - mask.to(like)).flatten(1).repeat(1, frames)
+
+
+def _is_chosen(place: Place, blocks: frozenset[Block]) -> bool:
+    """Whether a place's values are among those of some blocks.
+
+    Of the two attentions in a block of SD3.5-medium these are the values that text and picture see.
+    """
+    second = place.kind == "self" and place.block.kind == "joint"
+    return place.block in blocks and place.kind != "cross" and not second
 
 
 def injecting_model(
@@ -186,7 +204,7 @@ def injecting_model(
     """
 
     def change(attention: tap.Attention) -> Tensor | None:
-        weight = settings.weight(attention.place, attention.call.sigma, attention.v)
+        weight = settings.weight(attention)
         found = None if weight is None else recording.nearest(attention)
         if weight is None or found is None:
             return None
@@ -194,7 +212,7 @@ def injecting_model(
         call = attention.call
         values = attention.v.clone()
         for rows in call.rows_of(lambda uuid, _index: uuid not in call.sources):
-            _blend(values[rows], recorded, weight, attention.place, text, settings.strength)
+            _blend(values[rows], recorded, weight, attention.place, text)
         return values
 
     return tap.tapped(model, tap.changing(change))
@@ -208,16 +226,12 @@ def recording_for(
     Raises:
         ValueError: no values, those of another family, or none of the chosen blocks.
     """
-    recording, family = trajectory.values, families.name(model)
+    recording = trajectory.values
     if recording is None:
         raise ValueError(
             "trajectory holds no attention values: put Record Values before the model of Invert"
         )
-    if family != trajectory.family:
-        raise ValueError(
-            f"trajectory was made with {trajectory.family}, the model is {family}: invert with "
-            "the model that edits"
-        )
+    trajectory.require_family(families.name(model))
     recorded = recording.settings
     if not settings.blocks & recorded.blocks:
         raise ValueError(
@@ -232,10 +246,8 @@ def recording_for(
     return recording
 
 
-def _blend(
-    values: Tensor, recorded: Tensor, weight: Tensor, place: Place, text: int, strength: float
-) -> None:
-    """Blend recorded values into a branch's rows, in place."""
+def _blend(values: Tensor, recorded: Tensor, weight: Tensor, place: Place, text: int) -> None:
+    """Blend recorded values into a branch's rows, in place; the prompt's as the most of any."""
     if recorded.shape[0] not in (1, values.shape[0]):
         raise ValueError(
             f"trajectory holds values of {recorded.shape[0]} pictures, the latent has "
@@ -249,7 +261,7 @@ def _blend(
         )
     values[:, :, place.image] = attending.blended_values(values[:, :, place.image], image, weight)
     if text and text == place.image.start:
-        whole = weight.new_full((1, text), strength)
+        whole = weight.amax(1, keepdim=True).expand(-1, text)
         words = slice(0, text)
         values[:, :, words] = attending.blended_values(
             values[:, :, words], recorded[:, :, words], whole
@@ -271,7 +283,7 @@ def sharing_model(model: ModelPatcher, settings: InjectSettings) -> ModelPatcher
 
     def change(attention: tap.Attention) -> Tensor | None:
         shared = attention.call.options.get(shared_key)
-        weight = settings.weight(attention.place, attention.call.sigma, attention.v)
+        weight = settings.weight(attention)
         if weight is None:
             return None
         if shared is None:

@@ -1,6 +1,8 @@
 """Do the demo model's portraits show what their captions say?
 
     python tests/bench/generation.py --count 200 --seed 1 --json tests/bench/results/generation.json
+    python tests/bench/generation.py --count 200 --seed 1 --format flux \\
+        --json tests/bench/results/generation_flux.json
 
 Held-out captions, guidance 3, 28 Euler steps. The identity of each generated portrait is fitted by
 gradient through the drawer, then each attribute is judged by re-drawing it with every value.
@@ -44,8 +46,8 @@ def generate(lab: Lab, portraits: list[Portrait], seed: int) -> torch.Tensor:
 
 def main() -> None:
     """Generate, fit, judge and report."""
-    options = arguments(__doc__, 200)
-    lab = Lab()
+    options = arguments(__doc__, 200, formats=True)
+    lab = Lab(options.format)
     asked = people("held-out", options.seed, options.count)
     hits: dict[str, list[bool]] = {name: [] for name in attributes}
     fits = []

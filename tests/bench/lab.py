@@ -101,9 +101,11 @@ class Lab:
         return counted, lambda: calls
 
 
-def arguments(description: str, count: int) -> argparse.Namespace:
-    """The options that every bench has."""
+def arguments(description: str, count: int, *, formats: bool = False) -> argparse.Namespace:
+    """The options that every bench has; `formats` for those that run with either demo model."""
     parser = argparse.ArgumentParser(description=description)
+    if formats:
+        parser.add_argument("--format", choices=FORMATS, default="sd3", help="the demo model")
     parser.add_argument("--count", type=int, default=count, help="held-out cases")
     parser.add_argument("--seed", type=int, default=1, help="another seed means other portraits")
     parser.add_argument("--json", type=Path, help="where to write the figures")

@@ -38,11 +38,11 @@ def velocity_masks(lab: Lab, model: Any, case: Case) -> tuple[Tensor, Tensor]:
     return edits.velocity_masks(lab, model, case)
 
 
-def attention_masks(lab: Lab, model: Any, case: Case, **settings: Any) -> tuple[Tensor, Tensor]:
-    """Attention Mask's soft and hard mask, by its own functions.
+def attention_heats(lab: Lab, model: Any, case: Case, **settings: Any) -> list[Tensor]:
+    """Heat of the added and of the removed phrase, each (B, rows, columns) of image tokens.
 
-    The node takes one prompt; here each picture of a batch has its own, so the phrases' columns are
-    given row by row. `node_masks` is compared with this by the bench.
+    By the functions of Attention Mask: the node takes one prompt, here each picture of a batch has
+    its own. `node_masks` is compared with the result by the bench.
     """
     located, layouts = _module(lab, "attention_map"), _module(lab, "layouts")
     widgets = {**node_defaults(lab), **settings}
@@ -61,18 +61,29 @@ def attention_masks(lab: Lab, model: Any, case: Case, **settings: Any) -> tuple[
         columns = torch.stack([phrase_columns(lab, edit, turn) for edit in case.edits])
         prompt, latent = case.prompts[name], case.latent["samples"]
         maps = located.gathered(model, prompt, columns, latent, gathering)
-        heats.append(located.phrase_heat(maps, low, high, widgets["contrast"]))
-    shape = located.MaskShape(
-        *(widgets[name] for name in ("threshold", "softness", "smallest_part", "dilation")),
-        widgets["soft_edge"],
-    )
-    union = torch.stack([shape.cleaned(heat[:, 0]) for heat in heats]).amax(0)
+        heats.append(located.phrase_heat(maps, low, high, widgets["contrast"])[:, 0])
+    return heats
+
+
+def shaped_masks(
+    lab: Lab, case: Case, heats: list[Tensor], **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """Soft and hard mask of `attention_heats`, at the pictures' size."""
+    widgets = {**node_defaults(lab), **settings}
+    names = ("threshold", "softness", "smallest_part", "dilation", "soft_edge")
+    shape = _module(lab, "attention_map").MaskShape(*(widgets[name] for name in names))
+    union = torch.stack([shape.cleaned(heat) for heat in heats]).amax(0)
     size = case.source.shape[-2:]
     soft, hard = (
         F.interpolate(mask[:, None], size, mode="nearest-exact")[:, 0]
         for mask in (shape.soft(union), shape.hard(union))
     )
     return soft, hard
+
+
+def attention_masks(lab: Lab, model: Any, case: Case) -> tuple[Tensor, Tensor]:
+    """Attention Mask's soft and hard mask, as a person finds the node."""
+    return shaped_masks(lab, case, attention_heats(lab, model, case))
 
 
 def node_masks(lab: Lab, case: Case, index: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +107,8 @@ def node_masks(lab: Lab, case: Case, index: int) -> tuple[Tensor, Tensor]:
 
 def node_defaults(lab: Lab) -> dict[str, Any]:
     """The widgets of Attention Mask as a person finds them."""
-    inputs = lab.host.nodes["PinpointAttentionMask"].define_schema().inputs
+    node: Any = lab.host.nodes["PinpointAttentionMask"]
+    inputs = node.define_schema().inputs
     return {w.id: w.default for w in inputs if getattr(w, "default", None) is not None}
 
 

@@ -187,7 +187,10 @@ def methods() -> dict[str, Method]:
         return run
 
     attention = locators.attention_masks
-    ablated = {"no latent fusion": {"structure": None}, "no value fusion": {"detail": None}}
+    ablated = {
+        "no latent fusion": replace(sculptor, structure=None),
+        "no value fusion": replace(sculptor, detail=None),
+    }
     return {
         "plain target from inverted noise": whole(plain),
         "RF-Inversion": whole(rf_inversion, eta=0.7, eta_end=0.3),
@@ -199,10 +202,7 @@ def methods() -> dict[str, Method]:
         "Flux-Sculptor (attention mask)": local(sculptor, attention),
         "Flux-Sculptor (velocity mask)": local(sculptor, locators.velocity_masks),
         "Flux-Sculptor (true mask)": local(sculptor, locators.true_masks),
-        **{
-            f"Flux-Sculptor, {name}": local(replace(sculptor, **change), attention)
-            for name, change in ablated.items()
-        },
+        **{f"Flux-Sculptor, {name}": local(recipe, attention) for name, recipe in ablated.items()},
     }
 
 

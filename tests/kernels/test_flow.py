@@ -50,6 +50,7 @@ def test_steps_equal_their_formulas(
         "masked delta": da + step * dmask * db,
         "blended": da + step * (dmask * db + (1 - dmask) * dc),
         "anchored": dmask * da + (1 - dmask) * (0.3 * db + 0.7 * dm),
+        "fused": da + 0.8 * (1 - dmask) * (db - da),
     }
     results = {
         "noised": flow.noised(a, b, sigma),
@@ -57,6 +58,7 @@ def test_steps_equal_their_formulas(
         "masked delta": flow.masked_delta_step(a, b, mask, step),
         "blended": flow.blended_step(a, b, c, mask, step),
         "anchored": flow.anchored(a, b, m, mask, sigma),
+        "fused": flow.fused(a, b, mask, 0.8),
     }
     for name, result in results.items():
         assert result.dtype == dtype, name
@@ -74,6 +76,7 @@ def test_steps_do_not_write_into_their_arguments(flow: ModuleType, shape: tuple[
     flow.masked_delta_step(a, b, mask, -0.1)
     flow.blended_step(a, b, c, mask, -0.1)
     flow.anchored(a, b, m, mask, 0.5)
+    flow.fused(a, b, mask, 0.5)
     assert all(torch.equal(now, then) for now, then in zip((a, b, c, m), kept, strict=True))
 
 
@@ -117,6 +120,20 @@ def test_anchoring_is_exact_at_both_ends_of_the_mask(flow: ModuleType) -> None:
     result = flow.anchored(latent, clean, noise, mask, 0.4)
     assert torch.equal(result[..., :2], latent[..., :2])
     assert torch.equal(result[..., 2:], flow.noised(clean, noise, 0.4)[..., 2:])
+
+
+@dtypes
+@shapes
+def test_fusing_is_exact_at_both_ends_of_the_weight(
+    flow: ModuleType, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    latent, inverted = randn(shape, 1, dtype) * 100, randn(shape, 2, dtype) * 0.01
+    mask = mask_for(shape)
+    assert torch.equal(flow.fused(latent, inverted, mask, 0.0), latent)
+    found = flow.fused(latent, inverted, mask, 1.0)
+    inside, outside = ((mask == value).expand_as(found) for value in (1, 0))
+    assert torch.equal(found[inside], latent[inside])
+    assert torch.equal(found[outside], inverted[outside])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import pytest
@@ -81,6 +82,8 @@ def test_masks_keep_their_dtype_and_range(masks: ModuleType, dtype: torch.dtype)
         "thresholded": masks.contrasted(mask, 0.3, 0.0),
         "grown": masks.resized(mask, 20, 13),
         "shrunk": masks.resized(mask, 4, 5),
+        "softened": masks.softened(mask, 1.3),
+        "without specks": masks.without_specks(mask, 0.3, 3),
     }
     for name, result in results.items():
         assert result.dtype == dtype, name
@@ -197,6 +200,8 @@ def test_masks_need_not_be_contiguous(masks: ModuleType) -> None:
         "normalized": masks.normalized,
         "resized": lambda m: masks.resized(m, 14, 3),
         "feathered": lambda m: masks.feathered_inward(m, 0.5, 3),
+        "softened": lambda m: masks.softened(m, 0.8),
+        "without specks": lambda m: masks.without_specks(m, 0.5, 3),
     }
     for name, function in functions.items():
         # Another memory layout may add in another order.
@@ -259,3 +264,97 @@ def test_feather_starts_where_a_soft_mask_reaches_the_threshold(masks: ModuleTyp
     for threshold in (0.25, 0.5, 1.0):
         covered = masks.feathered_inward(mask, threshold, 2) > 0
         assert torch.equal(covered, mask >= threshold)
+
+
+# Soft edges
+
+
+@sizes
+@pytest.mark.parametrize("deviation", [0.1, 0.5, 1.0, 2.7, 16.0])
+def test_softening_is_a_gaussian_over_repeated_borders(
+    masks: ModuleType, size: tuple[int, ...], deviation: float
+) -> None:
+    from scipy.ndimage import gaussian_filter
+
+    mask = uniform(size)
+    for row, picture in zip(masks.softened(mask, deviation), mask.double().numpy(), strict=True):
+        reach = math.ceil(3 * deviation)
+        expected = gaussian_filter(picture, deviation, mode="nearest", radius=reach)
+        # Sums of up to 97 numbers in float32, twice.
+        assert torch.allclose(row.double(), torch.from_numpy(expected), rtol=0, atol=2e-6)
+
+
+def test_softening_keeps_mass_and_symmetry_and_what_is_far_from_an_edge(masks: ModuleType) -> None:
+    mask = torch.zeros(1, 41, 43)
+    mask[:, 15:26, 15:28] = 1
+    soft = masks.softened(mask, 2.0)
+    assert soft.sum().item() == pytest.approx(11 * 13, rel=1e-5)
+    for turned in (soft.flip(1), soft.flip(2)):
+        assert torch.allclose(soft, turned, rtol=0, atol=1e-6)
+    away = masks.dilated(mask, 13) == 0
+    assert not soft[away].any()
+    assert (soft[masks.dilated(mask, 3) == 1] > 0).all()
+    # Half of the way up, where the edge was.
+    assert (soft[0, 20, 14] + soft[0, 20, 15]).item() == pytest.approx(1, abs=0.01)
+    for value in (0.0, 1.0):
+        flat = torch.full((2, 9, 6), value)
+        assert torch.allclose(masks.softened(flat, 3.0), flat, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("deviation", [0.0, -1.0])
+def test_no_deviation_softens_nothing(masks: ModuleType, deviation: float) -> None:
+    mask = uniform((2, 5, 7))
+    assert torch.equal(masks.softened(mask, deviation), mask)
+
+
+# Specks
+
+
+def labelled(heat: Tensor, threshold: float, smallest: int) -> Tensor:
+    """Without small patches by SciPy's labels; patches may hold together at a corner."""
+    from scipy.ndimage import label
+
+    result = heat.clone()
+    for picture in result:
+        labels, count = label((picture >= threshold).numpy(), torch.ones(3, 3).numpy())
+        patches = torch.from_numpy(labels)
+        for number in range(1, count + 1):
+            if (patches == number).sum() < smallest:
+                picture[patches == number] = 0
+    return result
+
+
+@pytest.mark.parametrize("threshold", [0.9, 0.75, 0.6, 0.3, 0.0])
+@pytest.mark.parametrize("smallest", [2, 3, 5, 20, 10**6])
+def test_specks_are_the_small_patches(masks: ModuleType, threshold: float, smallest: int) -> None:
+    heat = uniform((3, 33, 47))
+    expected = labelled(heat, threshold, smallest)
+    assert torch.equal(masks.without_specks(heat, threshold, smallest), expected)
+    if smallest == 5 and threshold in (0.9, 0.75):
+        assert not torch.equal(expected, heat)
+        assert (expected >= threshold).any()
+
+
+def test_a_long_winding_patch_is_one(masks: ModuleType) -> None:
+    heat = torch.zeros(1, 31, 31)
+    heat[:, ::4] = 1
+    heat[:, 2::8, -1] = heat[:, 1::8, -1] = heat[:, 3::8, -1] = 1
+    heat[:, 5::8, 0] = heat[:, 6::8, 0] = heat[:, 7::8, 0] = 1
+    cells = int(heat.sum())
+    assert torch.equal(labelled(heat, 0.5, cells), heat)
+    assert torch.equal(masks.without_specks(heat, 0.5, cells), heat)
+    assert not masks.without_specks(heat, 0.5, cells + 1).any()
+
+
+def test_pictures_of_a_batch_have_patches_of_their_own(masks: ModuleType) -> None:
+    heat = torch.zeros(2, 4, 4)
+    heat[0, 0, 0] = heat[1, 0, :2] = 1
+    found = masks.without_specks(heat, 0.5, 2)
+    assert not found[0].any()
+    assert torch.equal(found[1], heat[1])
+
+
+@pytest.mark.parametrize("smallest", [0, 1])
+def test_no_smallest_part_removes_nothing(masks: ModuleType, smallest: int) -> None:
+    heat = uniform((2, 5, 7))
+    assert torch.equal(masks.without_specks(heat, 0.5, smallest), heat)

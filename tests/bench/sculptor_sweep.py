@@ -1,0 +1,110 @@
+"""Which settings serve each method of `sculptor.py` best? Measured on a split that is not judged.
+
+    python tests/bench/sculptor_sweep.py --count 44 --seed 5 \\
+        --json tests/bench/results/sculptor_sweep.json
+
+The attention mask's threshold, and for every kind of edit its own settings; the bench uses the rows
+that a person would choose here: edited as asked first, then the whole picture's PSNR.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor
+
+from bench import edits, locators, sculptor
+from bench.edits import Case
+from bench.lab import Lab, Row, arguments, report
+from bench.sculptor import Recipe
+from portraits.judging import intersection_over_union, outside, psnr
+
+columns = [
+    "setting",
+    "attribute_edited",
+    "attributes_kept",
+    "psnr_outside",
+    "psnr_inside",
+    "psnr_whole",
+    "mask_iou",
+]
+
+
+def recipes() -> Iterator[tuple[str, Recipe, dict[str, float]]]:
+    """Settings of the edits, each with a name."""
+    for scale in (1.0, 2.0, 3.0, 5.0):
+        yield f"plain target, guidance {scale:g}", Recipe(guidance=scale), {}
+    for eta in (0.5, 0.7, 0.9):
+        for end in (0.2, 0.35):
+            solving = {"eta": eta, "eta_end": end}
+            yield f"RF-Inversion, eta {eta:g} to {end:g}", Recipe("RF-Inversion"), solving
+    for end in (0.07, 0.14, 0.2, 0.34):
+        recipe = replace(sculptor.rf_edit, detail=(0.0, end))
+        yield f"RF-Solver-Edit, values to {end:g}", recipe, {}
+    for structure in (0.5, 0.8, 1.0):
+        for detail in (None, (0.0, 0.14), (0.5, 1.0), (0.8, 1.0)):
+            named = "no values" if detail is None else f"values {detail[0]:g} to {detail[1]:g}"
+            recipe = replace(sculptor.sculptor, structure=structure, detail=detail)
+            yield f"sculptor, latents to {structure:g}, {named}", recipe, {}
+
+
+def locating(lab: Lab, cases: list[Case]) -> Iterator[Row]:
+    """The attention mask at several thresholds, from one gathering for each choice of blocks."""
+    for blocks in ("25%-75%", "50%-75%", "25%-100%", "all"):
+        for spread in (0, 1):
+            settings = {"blocks": blocks, "propagation": spread}
+            heats = [locators.attention_heats(lab, lab.model, case, **settings) for case in cases]
+            for threshold in (0.15, 0.2, 0.25, 0.3, 0.4):
+                scores = [
+                    intersection_over_union(
+                        locators.shaped_masks(lab, case, heat, threshold=threshold)[1],
+                        locators.on_tokens(case.truth),
+                    )
+                    for case, heat in zip(cases, heats, strict=True)
+                ]
+                name = f"attention mask, {blocks}, spread {spread}, threshold {threshold:g}"
+                yield {"setting": name, "mask_iou": float(torch.cat(scores).mean())}
+
+
+def measured(lab: Lab, cases: list[Case], recipe: Recipe, solving: dict[str, float]) -> Row:
+    """The scores of a recipe with true masks."""
+    parts: dict[str, list[Tensor]] = {}
+    for case in cases:
+        mask = None if recipe.structure is None else edits.cells(case.truth)
+        edited = sculptor.inverted_edit(lab, lab.model, case, mask, recipe, **solving)
+        asked, kept = case.panel.verdicts(edited)
+        figures = {
+            "attribute_edited": 100 * asked,
+            "attributes_kept": 100 * kept,
+            "psnr_outside": psnr(edited, case.decoded, outside(case.truth)),
+            "psnr_inside": psnr(edited, case.target, case.truth),
+            "psnr_whole": psnr(edited, case.target),
+        }
+        for name, values in figures.items():
+            parts.setdefault(name, []).append(values)
+    return {name: float(torch.cat(values).mean()) for name, values in parts.items()}
+
+
+def main() -> None:
+    """Sweep and report."""
+    options = arguments(__doc__, 44)
+    lab = Lab("flux")
+    cases = list(edits.cases(lab, "dev", options.seed, options.count))
+    rows: list[Row] = []
+    for row in locating(lab, cases):
+        rows.append(row)
+        print(row, flush=True)
+    for name, recipe, solving in recipes():
+        rows.append({"setting": name, **measured(lab, cases, recipe, solving)})
+        print(rows[-1], flush=True)
+    report(rows, columns, options.json, "Edits with true masks; split dev.")
+
+
+if __name__ == "__main__":
+    main()
