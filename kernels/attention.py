@@ -24,6 +24,7 @@ def attention_to(
         columns: (K, G) or (B, K, G), the weight with which each key counts in each group.
         scale: of the products.
         mask: additive (or boolean, True = seen), broadcastable to (B, H, Q, K), or (B, Q, K).
+            A query that sees nothing attends to nothing.
 
     Returns:
         (B, Q, G) in fp32. Peak memory grows with Q + K, not with their product.
@@ -38,7 +39,10 @@ def attention_to(
         scores = q[:, :, start : start + chunk].float() * scale @ k
         if mask is not None:
             scores = _masked(scores, mask, start, chunk)
-        parts.append((scores.softmax(-1) @ columns).mean(1))
+        seen = scores.softmax(-1) @ columns
+        if mask is not None:
+            seen = seen.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
+        parts.append(seen.mean(1))
     return torch.cat(parts, 1)
 
 

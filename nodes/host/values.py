@@ -169,8 +169,9 @@ class InjectSettings:
         place, call, like = attention.place, attention.call, attention.v
         if not _is_chosen(place, self.blocks):
             return None
-        span, sigma = max(self.first_sigma - self.last_sigma, 1e-9), call.sigma
-        progress = max(0.0, (self.first_sigma - sigma) / span) if sigma <= self.first_sigma else -1
+        span = max(self.first_sigma - self.last_sigma, 1e-9)
+        # Noise levels come in float32.
+        progress = round((self.first_sigma - call.sigma) / span, 4)
         strength = solvers.strength_at(progress, self.strength, 0.0, 1.0, self.trend)
         if strength == 0:
             return None

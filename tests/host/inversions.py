@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -212,7 +212,7 @@ class Values:
         ) -> Tensor:
             values = v
             if v.ndim == 3:
-                values = v.unflatten(2, (args[0], -1))
+                values = v.unflatten(2, (kwargs.get("heads") or args[0], -1))
             if not kwargs.get("skip_reshape"):
                 values = values.transpose(1, 2)
             self.seen.append(values.clone())
@@ -224,6 +224,29 @@ class Values:
         clone = self.model.clone()
         clone.model_options["transformer_options"]["optimized_attention_override"] = override
         return clone
+
+
+class PicturesValues(NamedTuple):
+    """Where the picture's values are in a tiny model's calls."""
+
+    attentions: tuple[int, ...]
+    """Numbers of the attentions whose values are the picture's, as they come in a call."""
+    image: slice
+    """The picture's tokens in them."""
+    mask: Tensor
+    """A mask over these tokens."""
+
+
+def values_of_picture(name: str, mask: Tensor, words: int = 12) -> PicturesValues:
+    """What `mask`, one row at a latent's size, is for the values of a tiny model."""
+    cell = 1 if name == "flux2" else 2
+    tokens = mask[:, None].unfold(2, cell, cell).unfold(3, cell, cell).mean((-2, -1)).flatten()
+    # Wan's self-attentions come before its cross-attentions; SD3.5-medium's second is not used.
+    attentions = {"wan": (0, 2), "sd35": (0, 2)}.get(name, (0, 1))
+    if name == "wan":
+        return PicturesValues(attentions, slice(0, 2 * len(tokens)), tokens.repeat(2))
+    start = 512 if name == "flux2" else words
+    return PicturesValues(attentions, slice(start, start + len(tokens)), tokens)
 
 
 def inversion_graph(job: Inversion) -> tuple[NodeGraph, Wire]:

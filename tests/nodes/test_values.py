@@ -1,0 +1,367 @@
+"""Record Values and Inject Values against values that an override of its own reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from host import foreign, stock
+from host.edits import latent_for, left_half, patcher_state, picture_latent
+from host.inversions import (
+    FLOWS,
+    METHODS,
+    Calls,
+    Inversion,
+    Values,
+    inversion_for,
+    recording,
+    sample,
+    solver,
+    values_of_picture,
+    velocity,
+)
+from host.inversions import injecting as inject
+
+TinyModel = Callable[[str], Any]
+models = pytest.mark.parametrize("name", FLOWS)
+
+LEVEL = 1
+"""Of the schedule; a solver asks there, at the trajectory's latent."""
+
+
+@pytest.fixture
+def recorder(pack: ModuleType) -> ModuleType:
+    return pack.nodes.host.values
+
+
+def recorded(model: Any, name: str, **widgets: Any) -> tuple[Any, Tensor, float]:
+    """A trajectory with values, one of its latents, and that one's noise level."""
+    job = inversion_for(recording(model, **widgets), name, method="Euler")
+    trajectory = job.run()[2]
+    return trajectory, trajectory.latents[LEVEL].clone(), trajectory.sigmas[LEVEL]
+
+
+def target(**extras: Any) -> stock.Conditioning:
+    """Another prompt, with Invert's guidance."""
+    return stock.conditioning(2, guidance=1.0, **extras)
+
+
+def source() -> stock.Conditioning:
+    """The prompt that the trajectory was made with."""
+    return stock.conditioning(1, guidance=1.0)
+
+
+# What is injected
+
+
+@models
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", 0.0), ("fp16", 4e-3), ("bf16", 3e-2), ("fp8", 0.5)]
+)
+def test_a_pictures_own_values_change_nothing(
+    tiny_model: TinyModel, name: str, precision: str, tolerance: float
+) -> None:
+    model = tiny_model(name)
+    trajectory, x, sigma = recorded(model, name, precision=precision, tokens="image and text")
+    plain = velocity(model, source(), x, sigma)
+    found = velocity(inject(model, trajectory), source(), x, sigma)
+    error = float((found - plain).abs().max() / plain.std())
+    assert error <= tolerance
+    # Rounding that is not there would be a precision that is not used.
+    assert error >= tolerance / 200
+
+
+@models
+@pytest.mark.parametrize("tokens", ["image", "image and text"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_injection_is_a_blend_of_values(
+    tiny_model: TinyModel, name: str, tokens: str, strength: float
+) -> None:
+    model = tiny_model(name)
+    trajectory, x, sigma = recorded(model, name, tokens=tokens)
+    kept, x = Values(model).read(source(), x, sigma), latent_for(name, seed=4)
+    mask = torch.linspace(0, 1, x.shape[-1]).expand(1, *x.shape[-2:]).clone()
+    mask[..., -3:] = 1
+    injected = inject(model, trajectory, mask, strength=strength)
+    place = values_of_picture(name, mask)
+
+    def blend(number: int, values: Tensor) -> Tensor:
+        if number not in place.attentions:
+            return values
+        weight = torch.zeros(values.shape[2], 1)
+        weight[place.image, 0] = strength * (1 - place.mask)
+        if tokens == "image and text":
+            # The prompt's values are of no place.
+            weight[: place.image.start] = weight.max()
+        return (1 - weight) * values + weight * kept[number]
+
+    found = velocity(injected, target(), x, sigma)
+    expected = velocity(Values(model).changed(blend), target(), x, sigma)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - velocity(model, target(), x, sigma)).abs().max() > 0.01
+
+
+@models
+@pytest.mark.parametrize("tokens", ["image", "image and text"])
+def test_full_and_empty_masks_and_no_strength(
+    tiny_model: TinyModel, name: str, tokens: str
+) -> None:
+    model, latent = tiny_model(name), latent_for(name)
+    trajectory, _, _ = recorded(model, name, tokens=tokens)
+
+    def edited(model: Any) -> Tensor:
+        sigmas = torch.tensor((1.0, 0.6, 0.2, 0.0))
+        return sample(model, latent, solver("Euler"), sigmas=sigmas, prompt=target(), noise=4)
+
+    plain, whole = edited(model), edited(inject(model, trajectory))
+    assert (whole - plain).abs().max() > 0.1
+    everywhere, nowhere = torch.ones(1, 64, 64), torch.zeros(1, 64, 64)
+    assert torch.equal(edited(inject(model, trajectory, everywhere)), plain)
+    assert torch.equal(edited(inject(model, trajectory, strength=0.0)), plain)
+    assert torch.equal(edited(inject(model, trajectory, nowhere)), whole)
+
+
+def test_each_picture_of_a_batch_has_its_own_values_and_mask(tiny_model: TinyModel) -> None:
+    model, latent = tiny_model("sd3"), picture_latent(2)
+    trajectory = Inversion(recording(model), latent, method="Euler").run()[2]
+    masks = torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])
+    x, sigma = trajectory.latents[LEVEL].clone(), trajectory.sigmas[LEVEL]
+    found = velocity(inject(model, trajectory, masks), target(), x, sigma)
+    whole = velocity(inject(model, trajectory), target(), x, sigma)
+    plain = velocity(model, target(), x, sigma)
+    assert torch.equal(found[0], whole[0])
+    assert torch.equal(found[1], plain[1])
+    for row in range(2):
+        alone = Inversion(recording(model), latent[row : row + 1], method="Euler").run()[2]
+        single = velocity(inject(model, alone), target(), x[row : row + 1], sigma)
+        torch.testing.assert_close(whole[row], single[0], rtol=0, atol=2e-4)
+
+
+def test_values_of_one_picture_serve_a_batch(tiny_model: TinyModel) -> None:
+    model = tiny_model("flux")
+    trajectory, x, sigma = recorded(model, "flux")
+    two = velocity(inject(model, trajectory), target(), x.repeat(2, 1, 1, 1), sigma)
+    one = velocity(inject(model, trajectory), target(), x, sigma)
+    torch.testing.assert_close(two, one.expand_as(two), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("blocks", ["double", "single", "single, double", "0%-50%"])
+def test_only_the_chosen_blocks_are_changed(tiny_model: TinyModel, blocks: str) -> None:
+    model = tiny_model("flux")
+    everything, x, sigma = recorded(model, "flux")
+    some = recorded(model, "flux", blocks=blocks)[0]
+    found = velocity(inject(model, everything, blocks=blocks), target(), x, sigma)
+    assert torch.equal(velocity(inject(model, some), target(), x, sigma), found)
+    kept = Values(model).read(source(), x, sigma)
+    changed = {"double": (0,), "0%-50%": (0,), "single": (1,)}.get(blocks, (0, 1))
+
+    def write(number: int, values: Tensor) -> Tensor:
+        if number not in changed:
+            return values
+        return torch.cat([values[:, :, :12], kept[number][:, :, 12:]], 2)
+
+    expected = velocity(Values(model).changed(write), target(), x, sigma)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reference_pictures_keep_their_values(tiny_model: TinyModel) -> None:
+    """As Flux Kontext has them: text, picture, references."""
+    model = tiny_model("flux")
+    generator = torch.Generator().manual_seed(8)
+    extras = {"reference_latents": [torch.randn(1, 16, 5, 8, generator=generator)]}
+    told = target(**extras)
+    for prompt in (source(), stock.with_values(source(), **extras)):
+        job = Inversion(recording(model), source=prompt, method="Euler")
+        trajectory = job.run()[2]
+        x, sigma = trajectory.latents[LEVEL].clone(), trajectory.sigmas[LEVEL]
+        kept = Values(model).read(prompt, x, sigma)
+
+        def write(number: int, values: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            picture = slice(12, 12 + 16)
+            return torch.cat([values[:, :, :12], kept[number][:, :, picture], values[:, :, 28:]], 2)
+
+        found = velocity(inject(model, trajectory), told, x, sigma)
+        expected = velocity(Values(model).changed(write), told, x, sigma)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert (found - velocity(model, told, x, sigma)).abs().max() > 0.01
+
+
+# When
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_injection_acts_in_its_part_of_the_steps(tiny_model: TinyModel, name: str) -> None:
+    model = tiny_model(name)
+    trajectory, x, _ = recorded(model, name)
+    sampling = model.get_model_object("model_sampling")
+    first, last = (float(sampling.percent_to_sigma(part)) for part in (0.3, 0.6))
+    injected = inject(model, trajectory, start=0.3, end=0.6)
+    whole = inject(model, trajectory)
+    for sigma, acts in ((first + 1e-3, 0), (first, 1), ((first + last) / 2, 1), (last, 0)):
+        found, plain, full = (velocity(m, target(), x, sigma) for m in (injected, model, whole))
+        assert torch.equal(found, full if acts else plain)
+        assert not torch.equal(full, plain)
+
+
+def test_strength_changes_along_its_part(tiny_model: TinyModel) -> None:
+    model = tiny_model("schnell")
+    trajectory, x, _ = recorded(model, "schnell")
+    # Schnell's sampling has no shift: the part of the steps is 1 - sigma.
+    for trend, sigma, strength in (
+        ("rising", 0.6, 0.8 * 0.5),
+        ("falling", 0.7, 0.8 * 0.75),
+        ("falling", 0.8, 0.8),
+        ("rising", 0.8, 0.0),
+        ("constant", 0.45, 0.8),
+        ("rising", 0.4, 0.0),
+    ):
+        window = dict(start=0.2, end=0.6, strength=0.8)
+        found = velocity(inject(model, trajectory, trend=trend, **window), target(), x, sigma)
+        expected = velocity(inject(model, trajectory, strength=strength), target(), x, sigma)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_the_nearest_noise_level_serves(tiny_model: TinyModel) -> None:
+    model = tiny_model("sd3")
+    trajectory, x, _ = recorded(model, "sd3")
+    # Recorded at 0.8, 0.55, 0.3 and 0.
+    injected, kept = inject(model, trajectory), trajectory.latents[LEVEL].clone()
+    values = Values(model).read(source(), kept, 0.8)
+
+    def write(number: int, own: Tensor) -> Tensor:
+        return torch.cat([own[:, :, :12], values[number][:, :, 12:]], 2)
+
+    for sigma in (1.0, 0.7):
+        expected = velocity(Values(model).changed(write), target(), x, sigma)
+        found = velocity(injected, target(), x, sigma)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# What it costs
+
+
+@pytest.mark.parametrize("tokens", ["image", "image and text"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*(("sd3", method) for method in METHODS), *((name, "FireFlow") for name in FLOWS[1:])],
+)
+def test_cost_is_what_is_kept_and_refused_before_the_first_call(
+    tiny_model: TinyModel, recorder: ModuleType, name: str, tokens: str, method: str
+) -> None:
+    model, latent = tiny_model(name), latent_for(name, 2, 5, 6)
+    node = recording(model, tokens=tokens, precision="bf16", start=0.1, end=0.8)
+    settings = node.model_options["transformer_options"][recorder.recorder_key]
+    job = inversion_for(node, name, latent=latent, method=method)
+    _, _, trajectory, report = job.run()
+    kept = trajectory.values.bytes
+    assert kept > 0
+    assert f"recorded values take {kept / 1e6:.1f} MB" in report
+    calls = Calls(model)
+    exactly = recorder.recording_model(calls.model, replace(settings, limit=kept))
+    assert job.having(model=exactly).run()[2].values.bytes == kept
+    calls.sigmas.clear()
+    below = recorder.recording_model(calls.model, replace(settings, limit=kept - 1))
+    with pytest.raises(ValueError, match=r"recording would take .* raise limit_gb"):
+        job.having(model=below).run()
+    assert not calls.sigmas
+
+
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2), ("bf16", 2), ("fp8", 1)])
+def test_precision_is_bytes(tiny_model: TinyModel, precision: str, size: int) -> None:
+    trajectory = recorded(tiny_model("flux"), "flux", precision=precision)[0]
+    # Four levels, two blocks, 16 tokens of 128 numbers.
+    assert trajectory.values.bytes == 4 * 2 * 16 * 128 * size
+
+
+def test_recording_keeps_only_its_part_and_blocks(tiny_model: TinyModel) -> None:
+    model = tiny_model("schnell")
+    trajectory = recorded(model, "schnell", blocks="single", start=0.2, end=0.6)[0]
+    kept = trajectory.values.kept
+    assert [str(block) for block, _window in kept] == ["single 0"]
+    assert [sorted(levels) for levels in kept.values()] == [pytest.approx([0.55, 0.8])]
+
+
+# Nothing lost, nothing left
+
+
+@models
+def test_a_recorder_elsewhere_and_all_originals_are_as_before(
+    tiny_model: TinyModel, name: str
+) -> None:
+    model, x = tiny_model(name), latent_for(name, 1, 8, 8, seed=4)
+    before, state = velocity(model, target(), x, 0.6), patcher_state(model)
+    marked = recording(model)
+    assert torch.equal(velocity(marked, target(), x, 0.6), before)
+    job = inversion_for(marked, name, method="Euler")
+    state_of_marked = patcher_state(marked)
+    trajectory = job.having(measure_round_trip=True).run()[2]
+    plain = job.having(model=model).run()[2]
+    assert torch.equal(plain.latents, trajectory.latents)
+    assert plain.values is None
+    kept = trajectory.values.bytes
+    assert patcher_state(marked) == state_of_marked
+    sample(marked, job.latent, solver("Euler"), sigmas=job.sigmas)
+    assert trajectory.values.bytes == kept
+    injected = inject(model, trajectory, left_half(job.latent))
+    assert not torch.equal(velocity(injected, target(), x, 0.6), before)
+    assert torch.equal(velocity(model, target(), x, 0.6), before)
+    assert patcher_state(model) == state
+
+
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        *(("sd3", hook) for hook in ("optimized_attention_override", "LoRA", "APPLY_MODEL")),
+        *(("flux", hook) for hook in ("optimized_attention_override", "LoRA", "DIFFUSION_MODEL")),
+    ],
+)
+def test_hooks_of_other_packs_act_before_and_after(
+    tiny_model: TinyModel, name: str, hook: str
+) -> None:
+    plain, install = tiny_model(name), foreign.HOOKS[hook]
+    model = install(plain)
+    trajectory, x, sigma = recorded(model, name)
+    own = velocity(model, source(), x, sigma)
+    assert torch.equal(velocity(inject(model, trajectory), source(), x, sigma), own)
+    before = velocity(inject(model, trajectory), target(), x, sigma)
+    after = velocity(install(inject(plain, trajectory)), target(), x, sigma)
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-5)
+    without = velocity(inject(plain, trajectory), target(), x, sigma)
+    assert (before - without).abs().max() > 0.01
+
+
+def test_of_two_recorders_the_last_one_counts(tiny_model: TinyModel) -> None:
+    model = tiny_model("flux")
+    twice = recording(recording(model, blocks="double"), blocks="single", precision="fp16")
+    kept = inversion_for(twice, "flux", method="Euler").run()[2].values.kept
+    assert [str(block) for block, _ in kept] == ["single 0"]
+    assert {k.values.dtype for levels in kept.values() for k in levels.values()} == {torch.float16}
+
+
+def test_injections_add_up(tiny_model: TinyModel) -> None:
+    model = tiny_model("flux")
+    trajectory, x, sigma = recorded(model, "flux")
+    left = left_half(x)
+    upper = left.mT.contiguous()
+    chained = inject(inject(model, trajectory, left), trajectory, upper)
+    together = inject(model, trajectory, left * upper)
+    assert torch.equal(*(velocity(m, target(), x, sigma) for m in (chained, together)))
+    chained = inject(inject(model, trajectory, blocks="double"), trajectory, blocks="single")
+    together = inject(model, trajectory)
+    assert torch.equal(*(velocity(m, target(), x, sigma) for m in (chained, together)))
+
+
+def test_a_negative_prompt_gets_the_values_too(tiny_model: TinyModel) -> None:
+    model, negative = tiny_model("sd3"), stock.conditioning(3)
+    trajectory, x, sigma = recorded(model, "sd3")
+    injected = inject(model, trajectory)
+    found = stock.velocity(injected, target(), negative, 3.0, x, sigma)
+    wanted, unwanted = (velocity(injected, p, x, sigma) for p in (target(), negative))
+    expected = unwanted + 3.0 * (wanted - unwanted)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
