@@ -69,7 +69,7 @@ class SculptSampler(FlowSampler):
                 "flipping them"
             )
         mask = arguments.mask_on_latent(self.structure.mask, latent_image)
-        if not mask.any():
+        if self.structure.anchor and not mask.any():
             log.warning("Pinpoint: the mask is empty, so nothing will change")
         given = (model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask)
         sampled = super().sample(*given, disable_pbar)

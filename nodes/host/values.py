@@ -252,13 +252,14 @@ def _blend(values: Tensor, recorded: Tensor, weight: Tensor, place: Place, text:
     if recorded.shape[0] not in (1, values.shape[0]):
         raise ValueError(
             f"trajectory holds values of {recorded.shape[0]} pictures, the latent has "
-            f"{values.shape[0]}: invert the same latent that is edited"
+            f"{values.shape[0]}: invert the latent that is edited"
         )
     image = recorded[:, :, text:]
     if image.shape[2] != place.image.stop - place.image.start:
         raise ValueError(
-            f"trajectory holds values of {image.shape[2]} picture tokens, the latent has "
-            f"{place.image.stop - place.image.start}: invert the same latent that is edited"
+            f"trajectory holds values of {image.shape[2]} picture tokens, the model looks at "
+            f"{place.image.stop - place.image.start}: invert the latent that is edited, and use no "
+            "areas"
         )
     values[:, :, place.image] = attending.blended_values(values[:, :, place.image], image, weight)
     if text and text == place.image.start:
@@ -307,18 +308,19 @@ def _exchanged(attention: tap.Attention, weight: Tensor, shared: SharedValues) -
     for position, (uuid, index) in branches:
         if uuid in call.sources:
             rows = slice(position * call.rows, (position + 1) * call.rows)
-            key = (place.block, call.window, index)
+            key = (place.block, place.grid, call.window, index)
             shared.kept[key] = attention.v[rows, :, place.image].clone()
     for position, (uuid, index) in branches:
         if uuid in call.sources:
             continue
         # A guided target can have a negative prompt where the unguided source has none.
-        kept = (shared.kept.get((place.block, call.window, i)) for i in (index, 0))
+        keys = ((place.block, place.grid, call.window, i) for i in (index, 0))
+        kept = (shared.kept.get(key) for key in keys)
         source = next((tensor for tensor in kept if tensor is not None), None)
         if source is None and call.sources:
             raise ValueError(
-                "source and target could not be evaluated in one call, so there are no values to "
-                "share: make the two prompts equally long, or connect a trajectory"
+                "source and target could not be evaluated alike, so there are no values to share: "
+                "give the two prompts the same length and areas, or connect a trajectory"
             )
         if source is None:
             continue
