@@ -31,7 +31,7 @@ class RecordValues(io.ComfyNode):
                 io.Model.Input("model", tooltip="For an Invert node."),
                 widgets.blocks(),
                 widgets.part("start", 0.0, "Where recording begins: 0 is noise, 1 the picture."),
-                widgets.part("end", 0.3, "Where it ends. A longer part needs more memory."),
+                widgets.part("end", 0.2, "Where it ends. A longer part needs more memory."),
                 io.Combo.Input(
                     "tokens",
                     options=["image", "image and text"],
@@ -111,7 +111,7 @@ class InjectValues(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to sample with."),
                 widgets.blocks(),
                 widgets.part("start", 0.0, "Where injection begins: 0 is noise, 1 the picture."),
-                widgets.part("end", 0.3, "Where it ends. Later keeps more and edits less."),
+                widgets.part("end", 0.2, "Where it ends. Later keeps more and edits less."),
                 widgets.part("strength", 1.0, "How much of the source's values is taken."),
                 widgets.trend("trend", "How the strength changes from start to end."),
                 widgets.Trajectory.Input(
@@ -178,7 +178,7 @@ class StructureDetailSampler(io.ComfyNode):
                 io.Mask.Input("mask", tooltip="Where to edit; any size."),
                 widgets.method(),
                 widgets.part("start", 0.0, "Part of the steps after which fusion begins."),
-                widgets.part("end", 0.5, "Part of the steps after which fusion ends. 1 = never."),
+                widgets.part("end", 1.0, "Part of the steps after which fusion ends. 1 = never."),
                 widgets.part("strength", 1.0, "How much of the inverted latent is taken."),
                 widgets.trend("trend", "How the strength changes from start to end."),
                 io.Boolean.Input(
@@ -265,9 +265,9 @@ class SculptWithWords(io.ComfyNode):
                     ),
                 ),
                 widgets.part("mask_threshold", 0.25, "Lower edits more of the picture."),
-                widgets.part("structure_end", 0.5, "Part of the steps in which latents are fused."),
+                widgets.part("structure_end", 1.0, "Part of the steps in which latents are fused."),
                 widgets.part("detail_start", 0.0, "Where fusion of attention values begins."),
-                widgets.part("detail_end", 0.3, "Where it ends. Later keeps more."),
+                widgets.part("detail_end", 0.2, "Where it ends. Later keeps more."),
                 widgets.blocks(),
                 io.Int.Input(
                     "seed",

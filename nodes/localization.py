@@ -227,7 +227,7 @@ class AttentionMask(io.ComfyNode):
                     default="",
                     tooltip="Phrases of the source prompt, separated by commas.",
                 ),
-                widgets.blocks("25%-75%"),
+                widgets.blocks("25%-100%"),
                 widgets.part("highest_noise", 0.85, "Sigma of the first sample."),
                 widgets.part("lowest_noise", 0.6, "Sigma of the last sample. Low finds details."),
                 io.Int.Input(
@@ -239,7 +239,7 @@ class AttentionMask(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "propagation",
-                    default=1,
+                    default=0,
                     min=0,
                     max=4,
                     tooltip=(
@@ -259,11 +259,11 @@ class AttentionMask(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "dilation",
-                    default=0,
+                    default=5,
                     min=0,
                     max=63,
                     tooltip=(
-                        "Grow the heat by the maximum over this many image tokens (odd; 0 = off)."
+                        "Grow the heat by the maximum over this many latent cells (odd; 0 = off)."
                     ),
                 ),
                 io.Float.Input(
@@ -272,7 +272,7 @@ class AttentionMask(io.ComfyNode):
                     min=0.0,
                     max=16.0,
                     step=0.1,
-                    tooltip="Blur the soft mask's edge, in image tokens.",
+                    tooltip="Blur the soft mask's edge, in latent cells.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -376,7 +376,7 @@ class AttentionMask(io.ComfyNode):
         size = arguments.pixel_size(model, samples_latent)
         count = heat.shape[1]
         heats = heat.transpose(0, 1).flatten(0, 1)
-        cleaned = shape.cleaned(heats)
+        cleaned = shape.cleaned(heats, samples_latent.shape[-2:])
         union = cleaned.unflatten(0, (count, -1)).amax(0)
         soft, hard, each = (
             masks.resized(mask, *size)

@@ -43,7 +43,7 @@ class GatherSettings:
     highest: float = 0.85
     lowest: float = 0.6
     samples: int = 4
-    propagation: int = 1
+    propagation: int = 0
     seed: int = 0
 
     def levels(self) -> list[float]:
@@ -277,14 +277,14 @@ def phrase_columns(prompt: phrases.EncodedPrompt, wanted: list[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskShape:
-    """How heat becomes a mask; sizes in image tokens.
+    """How heat becomes a mask.
 
     Attributes:
         threshold: heat from which a place is inside.
         softness: how gradually the soft mask rises around the threshold.
-        smallest: parts with fewer tokens are dropped.
-        dilation: window of the maximum that grows the heat.
-        soft_edge: standard deviation of the blur of the soft mask.
+        smallest: parts with fewer image tokens are dropped.
+        dilation: window of the maximum that grows the heat, in latent cells.
+        soft_edge: standard deviation of the blur of the soft mask, in latent cells.
     """
 
     threshold: float
@@ -293,10 +293,10 @@ class MaskShape:
     dilation: int
     soft_edge: float
 
-    def cleaned(self, heat: Tensor) -> Tensor:
-        """(B, H, W) heat without specks, dilated."""
+    def cleaned(self, heat: Tensor, cells: tuple[int, int]) -> Tensor:
+        """(B, H, W) heat without specks, on the latent's grid, dilated."""
         kept = masks.without_specks(heat, self.threshold, self.smallest)
-        return masks.dilated(kept, self.dilation)
+        return masks.dilated(masks.resized(kept, *cells), self.dilation)
 
     def soft(self, heat: Tensor) -> Tensor:
         """The soft mask of cleaned heat."""

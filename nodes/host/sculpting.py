@@ -34,7 +34,7 @@ class StructureSettings:
 
     mask: Tensor
     start: float = 0.0
-    end: float = 0.5
+    end: float = 1.0
     strength: float = 1.0
     trend: solvers.Trend = "constant"
     anchor: bool = True

@@ -72,7 +72,8 @@ def shaped_masks(
     widgets = {**node_defaults(lab), **settings}
     names = ("threshold", "softness", "smallest_part", "dilation", "soft_edge")
     shape = _module(lab, "attention_map").MaskShape(*(widgets[name] for name in names))
-    union = torch.stack([shape.cleaned(heat) for heat in heats]).amax(0)
+    cells = case.latent["samples"].shape[-2:]
+    union = torch.stack([shape.cleaned(heat, cells) for heat in heats]).amax(0)
     size = case.source.shape[-2:]
     soft, hard = (
         F.interpolate(mask[:, None], size, mode="nearest-exact")[:, 0]
@@ -82,8 +83,10 @@ def shaped_masks(
 
 
 def attention_masks(lab: Lab, model: Any, case: Case) -> tuple[Tensor, Tensor]:
-    """Attention Mask's soft and hard mask, as a person finds the node."""
-    return shaped_masks(lab, case, attention_heats(lab, model, case))
+    """Attention Mask's soft mask as a person finds the node, and the region before it is grown."""
+    heats = attention_heats(lab, model, case)
+    soft, _ = shaped_masks(lab, case, heats)
+    return soft, shaped_masks(lab, case, heats, dilation=0)[1]
 
 
 def node_masks(lab: Lab, case: Case, index: int) -> tuple[Tensor, Tensor]:

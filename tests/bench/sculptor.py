@@ -193,7 +193,7 @@ def methods() -> dict[str, Method]:
     }
     return {
         "plain target from inverted noise": whole(plain),
-        "RF-Inversion": whole(rf_inversion, eta=0.7, eta_end=0.3),
+        "RF-Inversion": whole(rf_inversion, eta=0.7, eta_end=0.35),
         "RF-Solver-Edit": whole(rf_edit),
         "FireFlow-Edit": whole(fire_edit),
         "FlowEdit": flow("FlowEdit", None),
@@ -285,7 +285,8 @@ def main() -> None:
         "identity's 14 parameters as fitted to the picture, in percent of their ranges (ID). PSNR "
         "in dB, each capped at 60, and SSIM; outside: beyond 8 px of the true mask, against the "
         "source as the codec decodes it, before compositing; inside and whole: against the true "
-        "edit. mask_iou: thresholded mask against the true one on the 8 x 8 grid of image tokens "
+        "edit. mask_iou: the located region, before it is grown for the edit, against the true one "
+        "on the 8 x 8 grid of image tokens "
         f"(a token is in when {locators.least_share:.0%} of it changes). seconds: one edit in a "
         f"batch of {edits.batch}, judging included. The last two rows bound what can be reached."
     )
