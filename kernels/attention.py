@@ -33,16 +33,20 @@ def attention_to(
     columns = columns.float().to(q.device)
     columns = columns[:, None] if columns.ndim == 3 else columns
     batch, heads, count, _ = q.shape
-    chunk = max(1, largest_scores // (batch * heads * k.shape[-1]))
+    chunk = min(count, max(1, largest_scores // (batch * heads * k.shape[-1])))
+    # One buffer for all chunks: on a CPU, memory that is freed in turns is not given back.
+    buffer = k.new_empty(batch, heads, chunk, k.shape[-1])
     parts = []
     for start in range(0, count, chunk):
-        scores = q[:, :, start : start + chunk].float() * scale @ k
+        queries = q[:, :, start : start + chunk].float() * scale
+        scores = torch.matmul(queries, k, out=buffer[:, :, : queries.shape[2]])
         if mask is not None:
-            scores = _masked(scores, mask, start, chunk)
-        seen = scores.softmax(-1) @ columns
-        if mask is not None:
-            seen = seen.masked_fill(scores.amax(-1, keepdim=True).isneginf(), 0.0)
-        parts.append(seen.mean(1))
+            _mask(scores, mask, start, chunk)
+        # A query that sees nothing has no highest score to be set against.
+        highest = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        weights = scores.sub_(highest).exp_()
+        total = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        parts.append((weights @ columns / total).mean(1))
     return torch.cat(parts, 1)
 
 
@@ -57,14 +61,7 @@ def propagated(q: Tensor, k: Tensor, maps: Tensor, scale: float) -> Tensor:
     Returns:
         (B, L, G) in fp32.
     """
-    k = _repeated(k, q.shape[1]).transpose(-1, -2).float()
-    batch, heads, count, _ = q.shape
-    chunk = max(1, largest_scores // (batch * heads * count))
-    parts = []
-    for start in range(0, count, chunk):
-        scores = q[:, :, start : start + chunk].float() * scale @ k
-        parts.append((scores.softmax(-1) @ maps.float()[:, None]).mean(1))
-    return torch.cat(parts, 1)
+    return attention_to(q, k, maps, scale)
 
 
 def blended_values(values: Tensor, recorded: Tensor, weight: Tensor) -> Tensor:
@@ -83,9 +80,11 @@ def _repeated(k: Tensor, heads: int) -> Tensor:
     return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], 1)
 
 
-def _masked(scores: Tensor, mask: Tensor, start: int, chunk: int) -> Tensor:
+def _mask(scores: Tensor, mask: Tensor, start: int, chunk: int) -> None:
+    """Apply a mask's rows to a chunk of scores, in place."""
     mask = mask[:, None] if mask.ndim == 3 else mask
     rows = mask if mask.shape[-2] == 1 else mask[..., start : start + chunk, :]
     if rows.dtype == torch.bool:
-        return scores.masked_fill(~rows, -torch.inf)
-    return scores + rows.float()
+        scores.masked_fill_(~rows, -torch.inf)
+    else:
+        scores.add_(rows.float())

@@ -2,10 +2,11 @@
 
     python tests/bench/attention_memory.py --json tests/bench/results/attention_memory.json
 
-One model call of a tiny Flux (true architecture, random weights) at 1k, 4k and 9k image tokens:
-alone, with the node's reading of every block, and with a reading that holds each block's whole map
-as a textbook does. Peak memory is the process's resident memory as Linux counts it, above that
-before the call, so the bench runs on Linux only; each size is measured after a call that warms up.
+First one block's reading by itself, at Flux.1's 24 heads of 128, then one whole model call of a
+tiny Flux (true architecture, random weights): alone, with the node's reading of every block, and
+with one that holds each block's whole map as a textbook does. At 1k, 4k and 9k image tokens; the
+textbook's map of 24 heads does not fit at 9k. Peak memory is the process's resident memory as Linux
+counts it, above that before the call, so the bench runs on Linux only; a first call warms up.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from host import base, inprocess, stock
 
 sides = (32, 64, 96)
 """Image tokens along each side of the picture."""
-columns = ["reading", "image tokens", "peak MB", "above the call alone", "seconds"]
+heads, width, text = 24, 128, 512
+columns = ["reading", "image tokens", "peak MB", "seconds"]
 
 
 def peak_above(run: Callable[[], Any]) -> tuple[float, float]:
@@ -60,6 +63,31 @@ def whole_spread(q: Tensor, k: Tensor, maps: Tensor, scale: float) -> Tensor:
     return ((q.float() * scale @ k.float().transpose(-1, -2)).softmax(-1) @ maps[:, None]).mean(1)
 
 
+def one_block(attending: Any) -> list[Row]:
+    """The reading of one block of Flux.1's size, streamed and with the whole map."""
+    rows = []
+    for side in sides:
+        q = torch.randn(1, heads, side * side, width, dtype=torch.bfloat16)
+        k = torch.randn(1, heads, side * side + text, width, dtype=torch.bfloat16)
+        phrase = torch.eye(len(k[0, 0]))[:, 5:7]
+        functions = {"one block": attending.attention_to, "one block, whole map": whole_map}
+        if side == sides[-1]:
+            del functions["one block, whole map"]
+        for name, function in functions.items():
+            run = partial(function, q, k, phrase, width**-0.5, None)
+            rows.append(measured(name, side, run))
+    return rows
+
+
+def measured(name: str, side: int, run: Callable[[], Any]) -> Row:
+    """A row for a call, which is made twice."""
+    run()
+    peak, seconds = peak_above(run)
+    row: Row = {"reading": name, "image tokens": side * side, "peak MB": peak, "seconds": seconds}
+    print(row, flush=True)
+    return row
+
+
 def main() -> None:
     """Measure every size and report."""
     options = arguments(__doc__, 1)
@@ -71,44 +99,20 @@ def main() -> None:
     nodes = f"{host.pack.__name__}.nodes.host."
     located, layouts = (sys.modules[nodes + name] for name in ("attention_map", "layouts"))
     attending = sys.modules[f"{host.pack.__name__}.kernels.attention"]
-    streamed = attending.attention_to, attending.propagated
+    rows = one_block(attending)
     prompt = stock.conditioning(1, tokens=77)
     phrase = torch.eye(77)[:, 5:7]
-    readings = {
-        "model call alone": ("", streamed),
-        "Attention Mask": ("all", streamed),
-        "whole maps": ("all", (whole_map, whole_spread)),
-    }
-    rows: list[Row] = []
+    settings = located.GatherSettings(layouts.chosen_blocks(model, "all"), samples=1)
+    streamed = attending.attention_to, attending.propagated
     for side in sides:
-        latent = torch.randn(1, 16, 2 * side, 2 * side)
-        alone = 0.0
-        for name, (blocks, functions) in readings.items():
-            attending.attention_to, attending.propagated = functions
-            chosen = layouts.chosen_blocks(model, blocks) if blocks else frozenset()
-            settings = located.GatherSettings(chosen, samples=1)
-
-            def run(settings: Any = settings, latent: Tensor = latent) -> None:
-                with torch.inference_mode():
-                    if settings.blocks:
-                        located.gathered(model, prompt, phrase, latent, settings)
-                    else:
-                        located.probe(model, prompt, latent, settings)
-
-            run()
-            peak, seconds = peak_above(run)
-            alone = alone or peak
-            rows.append(
-                {
-                    "reading": name,
-                    "image tokens": side * side,
-                    "peak MB": peak,
-                    "above the call alone": peak - alone,
-                    "seconds": seconds,
-                }
-            )
-            print(rows[-1], flush=True)
-    attending.attention_to, attending.propagated = streamed
+        given = model, prompt, torch.randn(1, 16, 2 * side, 2 * side), settings
+        gather = partial(located.gathered, *given[:2], phrase, *given[2:])
+        with torch.inference_mode():
+            rows.append(measured("model call alone", side, partial(located.probe, *given)))
+            rows.append(measured("model call with Attention Mask", side, gather))
+            attending.attention_to, attending.propagated = whole_map, whole_spread
+            rows.append(measured("model call with whole maps", side, gather))
+            attending.attention_to, attending.propagated = streamed
     report(rows, columns, options.json)
 
 

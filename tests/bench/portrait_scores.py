@@ -11,7 +11,7 @@ from portraits.people import attributes, identity_ranges
 
 fitted = [name for name in identity_ranges if not name.startswith("mole")]
 """Half of the portraits have no mole, and many hide it."""
-fitting_steps = 60
+fitting_steps = 40
 
 
 class Panel:
