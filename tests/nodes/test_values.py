@@ -19,6 +19,7 @@ from host.inversions import (
     Calls,
     Inversion,
     Values,
+    edit_guider,
     inversion_for,
     recording,
     sample,
@@ -277,6 +278,9 @@ def test_precision_is_bytes(tiny_model: TinyModel, precision: str, size: int) ->
     trajectory = recorded(tiny_model("flux"), "flux", precision=precision)[0]
     # Four levels, two blocks, 16 tokens of 128 numbers.
     assert trajectory.values.bytes == 4 * 2 * 16 * 128 * size
+    kept = [k.values for levels in trajectory.values.kept.values() for k in levels.values()]
+    # None of them keeps the text's values alive.
+    assert sum(values.untyped_storage().nbytes() for values in kept) == trajectory.values.bytes
 
 
 def test_recording_keeps_only_its_part_and_blocks(tiny_model: TinyModel) -> None:
@@ -355,6 +359,43 @@ def test_injections_add_up(tiny_model: TinyModel) -> None:
     chained = inject(inject(model, trajectory, blocks="double"), trajectory, blocks="single")
     together = inject(model, trajectory)
     assert torch.equal(*(velocity(m, target(), x, sigma) for m in (chained, together)))
+
+
+def test_context_windows_have_values_of_their_own(tiny_model: TinyModel) -> None:
+    windows = foreign.node(
+        "ContextWindowsManual",
+        **dict(context_length=2, context_overlap=1, context_schedule="standard_static"),
+        **dict(context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2),
+        **dict(freenoise=False, causal_window_fix=False),
+    )
+    model = windows(tiny_model("wan"))
+    job = Inversion(recording(model), picture_latent(1, 3, 8, 8), method="Euler")
+    trajectory = job.run()[2]
+    x, sigma = trajectory.latents[LEVEL].clone(), trajectory.sigmas[LEVEL]
+    injected = inject(model, trajectory)
+    own = velocity(model, source(), x, sigma)
+    assert torch.equal(velocity(injected, source(), x, sigma), own)
+    other = velocity(injected, target(), x, sigma)
+    assert (other - velocity(model, target(), x, sigma)).abs().max() > 0.01
+    assert {window for _block, window in trajectory.values.kept} == {(0, 1), (1, 2)}
+
+
+def test_the_source_branch_of_an_edit_keeps_its_own(tiny_model: TinyModel) -> None:
+    model = tiny_model("sd3")
+    trajectory, x, _ = recorded(model, "sd3")
+    guider = edit_guider(inject(model, trajectory), source(), target())
+    latents = latent_for("sd3", seed=4), x
+
+    def look(guider: Any, extra_args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return guider.velocities(*latents, 0.6, extra_args)
+
+    found = stock.inside(guider, x, look)
+    expected = (
+        velocity(inject(model, trajectory), target(), latents[0], 0.6),
+        velocity(model, source(), x, 0.6),
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (velocity(inject(model, trajectory), source(), x, 0.6) - found[1]).abs().max() > 0.01
 
 
 def test_a_negative_prompt_gets_the_values_too(tiny_model: TinyModel) -> None:
