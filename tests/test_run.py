@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from host import comfyui, environment, options
+from host.cases import CaseError, drawn_case, fill_in
 
 
 def make_comfyui(folder: Path) -> Path:
@@ -163,6 +164,61 @@ def test_edit_options_are_checked_first(
     with pytest.raises(SystemExit):
         options.parse(["edit", *arguments])
     assert message in capsys.readouterr().err
+
+
+def graph_of(*nodes: tuple[str, str, dict[str, object]]) -> dict[str, dict]:
+    picture = ("LoadImage", "Load Image", {"image": "other.png"})
+    return {
+        str(i): {"class_type": kind, "_meta": {"title": title}, "inputs": dict(inputs)}
+        for i, (kind, title, inputs) in enumerate([picture, *nodes])
+    }
+
+
+def test_case_goes_into_every_kind_of_workflow() -> None:
+    case = drawn_case(0)
+    graph = graph_of(
+        ("CLIPTextEncode", "Source prompt", {"text": "", "clip": ["0", 0]}),
+        ("PrimitiveStringMultiline", "Target prompt", {"value": ""}),
+        ("PinpointAttentionMask", "Linked", {"source_prompt": ["1", 0], "target_prompt": ""}),
+        ("RandomNoise", "Noise", {"noise_seed": 1}),
+        ("KSampler", "Linked", {"seed": ["4", 0]}),
+    )
+    assert fill_in(graph, case, "new.png", 7) == [
+        f"Source: {case.source_prompt}",
+        f"Target: {case.target_prompt}",
+    ]
+    inputs = [node["inputs"] for node in graph.values()]
+    assert inputs[0] == {"image": "new.png"}
+    assert inputs[1]["text"] == case.source_prompt
+    assert inputs[2]["value"] == case.target_prompt
+    assert inputs[3] == {"source_prompt": ["1", 0], "target_prompt": case.target_prompt}
+    assert inputs[4] == {"noise_seed": 7}
+    assert inputs[5] == {"seed": ["4", 0]}
+
+
+def test_workflow_with_one_prompt_is_filled_in() -> None:
+    graph = graph_of(("CLIPTextEncode", "Source prompt", {"text": ""}))
+    (line,) = fill_in(graph, drawn_case(0), "new.png")
+    assert line.startswith("Source: portrait of a person")
+
+
+def test_workflow_without_a_place_is_refused() -> None:
+    with pytest.raises(CaseError, match="titled 'Source prompt' or 'Target prompt'"):
+        fill_in(graph_of(), drawn_case(0), "new.png")
+    with pytest.raises(CaseError, match="one node LoadImage, it has 0"):
+        fill_in({}, drawn_case(0), "new.png")
+
+
+@pytest.mark.parametrize("seed", range(11))
+def test_case_for_two_changes_changes_two_phrases(seed: int) -> None:
+    one, two = drawn_case(seed), drawn_case(seed, "flux_sculptor_two_attributes")
+    assert one.source_prompt == two.source_prompt
+    source, first, second = (
+        prompt.split(", ") for prompt in (one.source_prompt, one.target_prompt, two.target_prompt)
+    )
+    assert sum(a != b for a, b in zip(source, first, strict=True)) == 1
+    assert sum(a != b for a, b in zip(source, second, strict=True)) == 2
+    assert sum(a != b for a, b in zip(first, second, strict=True)) == 1
 
 
 def test_unknown_command_shows_the_commands() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from host.cases import PORTRAIT, drawn_case, png
 from host.comfyui import PACK
 from host.inprocess import Host
 from host.options import WORKFLOWS
 from host.server import Server
-from portraits import demo_case
 
 Workflow = dict[str, Any]
 Pictures = dict[str, np.ndarray]
@@ -27,10 +28,14 @@ NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 REAL_WEIGHTS = {
     "focusflow_sd35_medium": {"ckpt_name"},
     "focusflow_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
+    "flux_sculptor_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
 }
 """Workflow -> the inputs that name a file which does not ship."""
 DEMOS = [name for name in NAMES if name not in REAL_WEIGHTS]
-PORTRAIT = "pinpoint_portrait.png"
+RECONSTRUCTION = "inversion_reconstruction"
+"""The workflow that edits nothing."""
+EDITS = [name for name in DEMOS if name != RECONSTRUCTION]
+TEXTS = ("CLIPTextEncode", "PrimitiveStringMultiline")
 TITLE_HEIGHT = 30
 
 every = pytest.mark.parametrize("name", NAMES)
@@ -42,18 +47,19 @@ def load(name: str) -> Workflow:
 
 
 @pytest.fixture(scope="module")
-def pictures(server: Server) -> dict[str, Pictures]:
-    """What each demo workflow saves for the demo portrait, by the last part of the prefix."""
-    assert server.upload_image(PORTRAIT, portrait_file()) == PORTRAIT
-    return {name: run(server, name) for name in DEMOS}
+def pictures(server: Server) -> Callable[[str], Pictures]:
+    """A function from a demo workflow to what it saves for the demo portrait.
+
+    The pictures go by the last part of their prefix.
+    """
+    assert server.upload_image(PORTRAIT, png(drawn_case(0).image)) == PORTRAIT
+    return cache(lambda name: run(server, name))
 
 
-def portrait_file() -> bytes:
-    """The demo portrait as a PNG file."""
-    portrait, *_ = demo_case(0)
-    buffer = io.BytesIO()
-    Image.fromarray(portrait).save(buffer, "PNG")
-    return buffer.getvalue()
+@pytest.fixture(scope="module")
+def portrait() -> np.ndarray:
+    """The demo portrait."""
+    return np.asarray(drawn_case(0).image)
 
 
 def run(server: Server, name: str) -> Pictures:
@@ -73,7 +79,22 @@ def run(server: Server, name: str) -> Pictures:
 
 
 def test_there_are_the_promised_ones() -> None:
-    assert {"focusflow", "focusflow_parts", "flowedit", "sdedit", *REAL_WEIGHTS} <= set(NAMES)
+    assert {
+        *("focusflow", "focusflow_parts", "flowedit", "sdedit"),
+        *("flux_sculptor", "flux_sculptor_parts", "flux_sculptor_two_attributes", "rf_edit"),
+        *("attention_mask_focusflow_sd3", RECONSTRUCTION),
+        *REAL_WEIGHTS,
+    } == set(NAMES)
+
+
+def test_every_node_of_ours_is_in_a_demo_workflow(host: Host) -> None:
+    used = {node["type"] for name in DEMOS for node in load(name)["nodes"]}
+    ours = {
+        node_id
+        for node_id, node in host.nodes.items()
+        if getattr(node, "RELATIVE_PYTHON_MODULE", "") == "custom_nodes.pinpoint"
+    }
+    assert ours <= used
 
 
 @every
@@ -148,21 +169,29 @@ def test_a_note_tells_what_to_do_and_where_the_model_goes(name: str) -> None:
     (note,) = (node for node in load(name)["nodes"] if node["type"] == "MarkdownNote")
     (text,) = note["widgets_values"]
     assert text.startswith(f"## {note['title']}\n")
-    assert "**Too weak?**" in text or "**Edit too weak?**" in text
+    assert re.search(r"\*\*[^*]+\?\*\*", text), "a question with an answer"
     assert "**Model.**" in text or "**Models.**" in text
 
 
 @pytest.mark.parametrize("name", DEMOS)
-def test_prompts_are_those_of_the_demo_portrait(name: str) -> None:
-    _, source, target = demo_case(0)
-    texts = {
-        node["title"]: node["widgets_values"]
-        for node in load(name)["nodes"]
-        if node["type"] == "CLIPTextEncode"
-    }
-    assert texts["Target prompt"] == [target]
-    assert texts.get("Source prompt", [source]) == [source]
-    assert texts["Negative prompt"] == [""]
+def test_prompts_are_those_of_the_demo_portrait(server: Server, name: str) -> None:
+    case = drawn_case(0, name)
+    prompts = {"Source prompt": case.source_prompt, "Target prompt": case.target_prompt}
+    nodes = load(name)["nodes"]
+    written = {n["title"]: n["widgets_values"][0] for n in nodes if n["type"] in TEXTS}
+    for title, text in written.items():
+        role = next(
+            role for role in ("Source", "Target", "Negative") if role.lower() in title.lower()
+        )
+        # An encoder of a linked prompt shows the same text.
+        assert text == prompts.get(f"{role} prompt", ""), title
+    both = {"source_prompt": case.source_prompt, "target_prompt": case.target_prompt}
+    graph = server.convert(load(name))
+    for node in graph.values():
+        for widget, prompt in both.items():
+            given = node["inputs"].get(widget, prompt)
+            linked = isinstance(given, list)
+            assert prompt == (graph[given[0]]["inputs"]["value"] if linked else given)
 
 
 @pytest.mark.parametrize("name", REAL_WEIGHTS)
@@ -220,7 +249,7 @@ def test_every_input_gets_a_value(server: Server, name: str) -> None:
 def test_only_the_weights_are_missing(server: Server, host: Host, name: str) -> None:
     import execution
 
-    (host.base / "input" / PORTRAIT).write_bytes(portrait_file())
+    (host.base / "input" / PORTRAIT).write_bytes(png(drawn_case(0).image))
     graph = server.convert(load(name))
     # The source is saved without any model, so ComfyUI would run the graph for that alone.
     (edit,) = (i for i, node in graph.items() if "pinpoint/edit" in node["inputs"].values())
@@ -234,10 +263,11 @@ def test_only_the_weights_are_missing(server: Server, host: Host, name: str) -> 
     assert sorted(reasons) == sorted(("value_not_in_list", i) for i in REAL_WEIGHTS[name])
 
 
-@pytest.mark.parametrize("name", DEMOS)
-def test_demo_workflow_edits_the_portrait(pictures: dict[str, Pictures], name: str) -> None:
-    portrait, *_ = demo_case(0)
-    saved = pictures[name]
+@pytest.mark.parametrize("name", EDITS)
+def test_demo_workflow_edits_the_portrait(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray, name: str
+) -> None:
+    saved = pictures(name)
     assert np.array_equal(saved["source"], portrait)
     assert all(picture.shape == portrait.shape for picture in saved.values())
     difference = np.abs(saved["edit"].astype(int) - portrait)
@@ -249,10 +279,36 @@ def test_demo_workflow_edits_the_portrait(pictures: dict[str, Pictures], name: s
         assert difference[outside].max() == 0
 
 
-def test_the_one_node_way_calls_the_parts(pictures: dict[str, Pictures]) -> None:
-    whole, parts = pictures["focusflow"], pictures["focusflow_parts"]
+@pytest.mark.parametrize("name", ["focusflow", "flux_sculptor"])
+def test_the_one_node_way_calls_the_parts(pictures: Callable[[str], Pictures], name: str) -> None:
+    whole, parts = pictures(name), pictures(f"{name}_parts")
     assert np.array_equal(whole["mask"], parts["mask"])
     assert np.array_equal(whole["edit"], parts["edit"])
+
+
+def test_two_changes_are_made_in_two_places(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    def rows_changed(name: str) -> np.ndarray:
+        edit = pictures(name)["edit"].astype(int)
+        return (np.abs(edit - portrait) > 60).any((1, 2))
+
+    one, two = rows_changed("flux_sculptor"), rows_changed("flux_sculptor_two_attributes")
+    hat, shirt = slice(len(portrait) * 2 // 5), slice(-8, None)
+    assert one[hat].any()
+    assert not one[shirt].any()
+    assert two[hat].any()
+    assert two[shirt].any()
+
+
+def test_both_ways_to_noise_lead_back_to_the_portrait(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    saved = pictures(RECONSTRUCTION)
+    one_node, samplers = (saved[name].astype(int) for name in ("one_node", "stock_samplers"))
+    assert np.abs(one_node - samplers).max() <= 3
+    # The rest of the error is the VAE's.
+    assert np.square(one_node - portrait).mean() < 30
 
 
 def test_seeds_are_kept(server: Server) -> None:

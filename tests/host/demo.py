@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import shutil
 import signal
@@ -12,7 +11,6 @@ import sys
 import tempfile
 import webbrowser
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 # Run as a script, this folder is in place of its parent, where `host` and `portraits` are.
@@ -22,45 +20,35 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from host import options
 from host.base import make_base
+from host.cases import PORTRAIT, Case, CaseError, drawn_case, fill_in, png, saved_pictures
 from host.comfyui import ComfyUINotFound, cache_folder
-from host.prompts import Graph, Outputs, PromptFailed, PromptInterrupted, PromptRejected
+from host.prompts import Graph, PromptFailed, PromptInterrupted, PromptRejected
 from host.server import Server, ServerError, free_port
 from host.sheet import side_by_side
-from portraits import demo_case
-
-PORTRAIT = "pinpoint_portrait.png"
-PICTURES = ("source", "mask", "edit")
 
 
 class DemoError(Exception):
     """The demo cannot go on; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A picture and the two prompts of its edit."""
-
-    image: Image.Image
-    source_prompt: str
-    target_prompt: str
-
-
 def edit(settings: argparse.Namespace) -> None:
-    """Run a workflow on a portrait and save source, mask and edit side by side."""
+    """Run a workflow on a portrait and save its pictures side by side."""
     case = choose_case(settings)
     workflow = json.loads((options.WORKFLOWS / f"{settings.workflow}.json").read_text("utf-8"))
-    say(f"Source: {case.source_prompt}")
-    say(f"Target: {case.target_prompt}")
     say("Starting ComfyUI")
     with fresh_base() as base, Server(base) as server:
         graph = server.convert(workflow)
-        fill_in(graph, case, server.upload_image(PORTRAIT, png(case.image)), settings.seed)
+        image_name = server.upload_image(PORTRAIT, png(case.image))
+        prompts = fill_in(graph, case, image_name, settings.seed)
+        say("\n".join(prompts))
         outputs = server.run(graph, progress_line(graph))
         end_progress()
-        pictures = [fetch(server, graph, outputs, name) for name in PICTURES]
-    if pictures[-1] is None:
-        raise DemoError(f"--workflow {settings.workflow}: it saves no picture as pinpoint/edit")
-    side_by_side(pictures, PICTURES, case.target_prompt).save(settings.output)
+        pictures = saved_pictures(server, graph, outputs)
+    if not pictures:
+        raise DemoError(f"--workflow {settings.workflow}: it saves no picture as pinpoint/<name>")
+    names = [name.replace("_", " ") for name in pictures]
+    caption = prompts[-1].partition(": ")[2]
+    side_by_side(list(pictures.values()), names, caption).save(settings.output)
     say(str(settings.output.absolute()))
 
 
@@ -93,7 +81,7 @@ def fresh_base() -> Iterator[Path]:
 
 def choose_case(settings: argparse.Namespace) -> Case:
     """The person's picture and prompts, with a drawn portrait's in place of missing ones."""
-    drawn = drawn_case(settings.seed or 0)
+    drawn = drawn_case(settings.seed or 0, settings.workflow)
     image = drawn.image
     if settings.image:
         try:
@@ -109,64 +97,12 @@ def choose_case(settings: argparse.Namespace) -> Case:
     )
 
 
-def drawn_case(seed: int) -> Case:
-    """A drawn portrait with an edit of it."""
-    pixels, source_prompt, target_prompt = demo_case(seed)
-    return Case(Image.fromarray(pixels), source_prompt, target_prompt)
-
-
-def fill_in(graph: Graph, case: Case, image_name: str, seed: int | None) -> None:
-    """Put the picture, the prompts and, if one is given, the seed into the workflow's nodes."""
-    node_called(graph, "LoadImage")["image"] = image_name
-    node_called(graph, "CLIPTextEncode", "Target prompt")["text"] = case.target_prompt
-    # SDEdit knows a target prompt only.
-    for node in graph.values():
-        if node["_meta"]["title"] == "Source prompt":
-            node["inputs"]["text"] = case.source_prompt
-    if seed is None:
-        return
-    for node in graph.values():
-        for name in {"seed", "noise_seed"} & node["inputs"].keys():
-            # A linked seed is set where it comes from.
-            if isinstance(node["inputs"][name], int):
-                node["inputs"][name] = seed
-
-
-def node_called(graph: Graph, class_type: str, title: str | None = None) -> dict:
-    """The inputs of the only node of a class, and of a title if one is given."""
-    found = [
-        node["inputs"]
-        for node in graph.values()
-        if node["class_type"] == class_type and title in (None, node["_meta"]["title"])
-    ]
-    if len(found) != 1:
-        name = f"{class_type} titled '{title}'" if title else class_type
-        raise DemoError(f"The workflow needs one node {name}, it has {len(found)}")
-    return found[0]
-
-
-def fetch(server: Server, graph: Graph, outputs: Outputs, name: str) -> Image.Image | None:
-    """The picture the workflow saved as `pinpoint/<name>`; None if it saves no such picture."""
-    for node_id, node in graph.items():
-        if node["inputs"].get("filename_prefix") == f"pinpoint/{name}" and node_id in outputs:
-            (picture,) = outputs[node_id]["images"]
-            return Image.open(io.BytesIO(server.view(**picture))).convert("RGB")
-    return None
-
-
 def copy_workflows(folder: Path) -> None:
     """Offer the pack's workflows in the page's own list; one saved there since is kept."""
     for file in options.WORKFLOWS.glob("*.json"):
         copy = folder / file.name
         if not copy.exists() or copy.stat().st_mtime < file.stat().st_mtime:
             shutil.copy2(file, copy)
-
-
-def png(image: Image.Image) -> bytes:
-    """The picture as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def say(message: str) -> None:
@@ -208,6 +144,7 @@ def main() -> int:
         say("\nStopped")
         return 0 if settings.command == "open" else 130
     except (
+        CaseError,
         ComfyUINotFound,
         DemoError,
         OSError,

@@ -18,14 +18,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     edit = commands.add_parser(
         "edit",
         help="edit a portrait with a real ComfyUI server",
-        description="Edit a portrait with a real ComfyUI server and the demo model; saves source, "
-        "mask and edit side by side.",
+        description="Edit a portrait with a real ComfyUI server and a demo model; saves the "
+        "workflow's pictures, such as source, mask and edit, side by side.",
     )
     _add_edit_options(edit)
     page = commands.add_parser(
         "open",
         help="start ComfyUI with its web page",
-        description="Start ComfyUI with its web page, the pack, the demo model and the workflows.",
+        description="Start ComfyUI with its web page, the pack, the demo models and the workflows.",
     )
     page.add_argument("--port", type=int, default=8188, help="port, or the next free one (8188)")
     page.add_argument("--browser", action="store_true", help="open the page in the web browser")
@@ -42,7 +42,7 @@ def _add_edit_options(edit: argparse.ArgumentParser) -> None:
         "--image",
         type=Path,
         metavar="FILE",
-        help="a picture instead of a drawn portrait (the demo model knows cartoon portraits only)",
+        help="a picture instead of a drawn portrait (the demo models know cartoon portraits only)",
     )
     edit.add_argument("--seed", type=int, metavar="N", help="another portrait, edit and noise")
     edit.add_argument("--workflow", default="focusflow", metavar="NAME", help="one of workflows/")

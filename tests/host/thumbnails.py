@@ -9,7 +9,6 @@ run again when a workflow, the demo portrait or the demo weights change.
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import textwrap
@@ -20,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw, ImageFont
 
-from host.demo import PICTURES, PORTRAIT, drawn_case, fresh_base, png
+from host.cases import PORTRAIT, drawn_case, png, saved_pictures
+from host.demo import fresh_base
 from host.options import WORKFLOWS
 from host.server import Server
 
@@ -32,6 +32,7 @@ QUALITY, LARGEST = 90, 60_000
 NEEDS = {
     "focusflow_sd35_medium": ("focusflow", "SD3.5 medium"),
     "focusflow_flux1_dev": ("focusflow", "Flux.1-dev"),
+    "flux_sculptor_flux1_dev": ("flux_sculptor", "Flux.1-dev"),
 }
 """Workflow -> the demo workflow in whose place it stands, and the model that it needs."""
 
@@ -67,16 +68,10 @@ def workflow_files(names: list[str]) -> list[Path]:
 
 
 def run(server: Server, workflow: dict[str, Any]) -> Pictures:
-    """What a workflow saves as `pinpoint/source`, `pinpoint/mask` and `pinpoint/edit`."""
+    """What a workflow saves, by the last part of the prefix; the mask last, if there is one."""
     graph = server.convert(workflow)
-    outputs = server.run(graph)
-    savers = {node["inputs"].get("filename_prefix"): node_id for node_id, node in graph.items()}
-    saved = {
-        name: outputs[savers[f"pinpoint/{name}"]]["images"][0]
-        for name in PICTURES
-        if f"pinpoint/{name}" in savers
-    }
-    return {name: Image.open(io.BytesIO(server.view(**file))) for name, file in saved.items()}
+    saved = saved_pictures(server, graph, server.run(graph))
+    return dict(sorted(saved.items(), key=lambda item: item[0] == "mask"))
 
 
 def title(workflow: dict[str, Any]) -> str:
@@ -86,17 +81,16 @@ def title(workflow: dict[str, Any]) -> str:
 
 
 def thumbnail(pictures: Pictures, title: str, needs: str) -> Image.Image:
-    """Source and edit over the mask, if there is one, and the title."""
+    """Two pictures, under them the third, if there is one, and the title."""
     sheet = Image.new("RGB", (SIZE, SIZE), PAPER)
     draw = ImageDraw.Draw(sheet)
     right = TILE + GAP
-    places = {"source": (0, 0), "edit": (right, 0), "mask": (0, right)}
-    for name, picture in pictures.items():
-        tile = picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
-        sheet.paste(tile, places[name])
-        x, y = places[name]
-        draw.text((x + 10, y + TILE - 30), name, INK, font(18), stroke_width=2, stroke_fill=PAPER)
-    left, columns = (right, 17) if "mask" in pictures else (0, 36)
+    places = ((0, 0), (right, 0), (0, right))
+    for (name, picture), (x, y) in zip(pictures.items(), places, strict=False):
+        sheet.paste(picture.resize((TILE, TILE), Image.Resampling.LANCZOS), (x, y))
+        label = name.replace("_", " ")
+        draw.text((x + 10, y + TILE - 30), label, INK, font(18), stroke_width=2, stroke_fill=PAPER)
+    left, columns = (right, 17) if len(pictures) > 2 else (0, 36)
     y = right + 24
     for line in textwrap.wrap(title, columns):
         draw.text((left + 16, y), line, INK, font(26))

@@ -1,0 +1,114 @@
+"""What the demo workflows edit: portraits with prompts, and how both get into a workflow."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from portraits import demo_case
+from portraits.people import attributes
+
+from .prompts import Graph, Outputs
+from .server import Server
+
+PORTRAIT = "pinpoint_portrait.png"
+TWO_CHANGES = frozenset({"flux_sculptor_two_attributes"})
+"""The workflows whose target prompt changes two things."""
+PROMPTS = {"Source prompt": "source_prompt", "Target prompt": "target_prompt"}
+"""Title of a node that holds one prompt -> widget of a node that holds both."""
+
+
+class CaseError(Exception):
+    """A workflow has no place for a picture or a prompt; the message says which."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A picture and the two prompts of its edit."""
+
+    image: Image.Image
+    source_prompt: str
+    target_prompt: str
+
+
+def drawn_case(seed: int, workflow: str = "") -> Case:
+    """A drawn portrait with an edit of it, of two things if the workflow changes two."""
+    pixels, *prompts = demo_case(seed)
+    case = Case(Image.fromarray(pixels), *prompts)
+    return _with_second_change(case) if workflow in TWO_CHANGES else case
+
+
+def _with_second_change(case: Case) -> Case:
+    """The case with the shirt's colour changed too, or the background's if the shirt's is."""
+    source, target = (prompt.split(", ") for prompt in (case.source_prompt, case.target_prompt))
+    place = -2 if source[-2] == target[-2] else -1
+    noun = target[place].split()[-1]
+    color = next(c for c in attributes[noun] if c not in case.target_prompt.split())
+    target[place] = f"{color} {noun}"
+    return replace(case, target_prompt=", ".join(target))
+
+
+def fill_in(graph: Graph, case: Case, image_name: str, seed: int | None = None) -> list[str]:
+    """Put the picture, the prompts and, if one is given, the seed into a workflow's nodes.
+
+    A prompt goes into the text of every node that is titled "Source prompt" or "Target prompt",
+    and into every widget called source_prompt or target_prompt.
+
+    Returns:
+        The prompts that the workflow has a place for, as lines of text.
+
+    Raises:
+        CaseError: no node for the picture, or none for any prompt.
+    """
+    loaders = [node for node in graph.values() if node["class_type"] == "LoadImage"]
+    if len(loaders) != 1:
+        raise CaseError(f"The workflow needs one node LoadImage, it has {len(loaders)}")
+    loaders[0]["inputs"]["image"] = image_name
+    filled = [
+        f"{title.split()[0]}: {getattr(case, widget)}"
+        for title, widget in PROMPTS.items()
+        if _fill_in_prompt(graph, title, widget, getattr(case, widget))
+    ]
+    if not filled:
+        raise CaseError(f"The workflow needs a node titled {' or '.join(map(repr, PROMPTS))}")
+    for node in graph.values() if seed is not None else ():
+        for name in {"seed", "noise_seed"} & node["inputs"].keys():
+            # A linked seed is set where it comes from.
+            if isinstance(node["inputs"][name], int):
+                node["inputs"][name] = seed
+    return filled
+
+
+def _fill_in_prompt(graph: Graph, title: str, widget: str, prompt: str) -> bool:
+    places = []
+    for node in graph.values():
+        inputs = node["inputs"]
+        if node["_meta"]["title"] == title:
+            places += [(inputs, name) for name in ("text", "value") if name in inputs]
+        # A linked prompt is written where it comes from.
+        elif isinstance(inputs.get(widget), str):
+            places.append((inputs, widget))
+    for inputs, name in places:
+        inputs[name] = prompt
+    return bool(places)
+
+
+def saved_pictures(server: Server, graph: Graph, outputs: Outputs) -> dict[str, Image.Image]:
+    """What a workflow saved as `pinpoint/<name>`, by name, in the order of its nodes."""
+    saved = {}
+    for node_id in sorted(graph, key=int):
+        prefix = str(graph[node_id]["inputs"].get("filename_prefix", ""))
+        if prefix.startswith("pinpoint/") and node_id in outputs:
+            (picture,) = outputs[node_id]["images"]
+            content = io.BytesIO(server.view(**picture))
+            saved[prefix.removeprefix("pinpoint/")] = Image.open(content).convert("RGB")
+    return saved
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
