@@ -20,6 +20,14 @@ NODES = (
     "PinpointEditWithWords",
     "PinpointSourceTargetGuider",
     "PinpointEditSampler",
+    "PinpointAttentionMask",
+    "PinpointFlowSolver",
+    "PinpointInvert",
+    "PinpointNoiseFromLatent",
+    "PinpointRecordValues",
+    "PinpointInjectValues",
+    "PinpointStructureSampler",
+    "PinpointStructureDetailEdit",
 )
 LOCALES = sorted(folder.name for folder in (PACK / "locales").iterdir())
 HEADINGS = (
@@ -157,6 +165,31 @@ def test_page_quotes_errors_that_exist(node_id: str) -> None:
         assert cure
         for part in message.strip("*").split("…"):
             assert part.strip() in code, message
+
+
+FAMILIES = {
+    "Flux": ("Flux.1", "Flux.2"),
+    "Chroma": ("Chroma",),
+    "MMDiT": ("SD3", "SD3.5"),
+    "QwenImageTransformer2DModel": ("Qwen-Image",),
+    "NextDiT": ("Z-Image", "Lumina 2"),
+    "WanModel": ("Wan",),
+    "UNetModel": ("SD1.5", "SDXL"),
+}
+"""Class of the diffusion model -> names under which people know it."""
+
+
+def test_pages_list_the_families_whose_attention_is_known(host: Host) -> None:
+    layouts = host.pack.nodes.host.layouts.LAYOUTS
+    assert {kind.__name__ for kind in layouts} == set(FAMILIES)
+    listed = {
+        node_id: {row[0] for row in table(node_id, "Limits")}
+        for node_id in ("PinpointAttentionMask", "PinpointInjectValues")
+    }
+    known = {", ".join(names) for names in FAMILIES.values()}
+    assert listed["PinpointAttentionMask"] == known
+    # Injection needs a flow, to invert it or to guide it by two prompts.
+    assert listed["PinpointInjectValues"] == known - {"SD1.5, SDXL"}
 
 
 # The translations
