@@ -161,7 +161,7 @@ class InjectSettings:
     trend: solvers.Trend = "constant"
 
     def weight(self, attention: tap.Attention) -> Tensor | None:
-        """(B or 1, tokens of the picture): how much of the recorded values; None where nothing.
+        """(B, tokens of the picture): how much of the recorded values; None where nothing.
 
         Raises:
             ValueError: the mask's batch is not the latent's.
@@ -177,14 +177,16 @@ class InjectSettings:
             return None
         frames, height, width = place.grid
         if self.mask is None:
-            return like.new_full((1, math.prod(place.grid)), strength)
-        if len(self.mask) not in (1, call.rows):
+            return like.new_full((call.rows, math.prod(place.grid)), strength)
+        # Edits with several noises at once have all pictures once for each.
+        if call.rows % len(self.mask):
             raise ValueError(
                 f"mask has {len(self.mask)} images, the latent {call.rows}: use one mask, or one "
                 "for each"
             )
         mask = masks.resized(self.mask.float(), height, width).clamp(0, 1)
-        return strength * (1 - mask.to(like)).flatten(1).repeat(1, frames)
+        weight = strength * (1 - mask.to(like)).flatten(1)
+        return weight.repeat(call.rows // len(mask), frames)
 
 
 def _is_chosen(place: Place, blocks: frozenset[Block]) -> bool:
@@ -249,11 +251,12 @@ def recording_for(
 
 def _blend(values: Tensor, recorded: Tensor, weight: Tensor, place: Place, text: int) -> None:
     """Blend recorded values into a branch's rows, in place; the prompt's as the most of any."""
-    if recorded.shape[0] not in (1, values.shape[0]):
+    if values.shape[0] % recorded.shape[0]:
         raise ValueError(
             f"trajectory holds values of {recorded.shape[0]} pictures, the latent has "
             f"{values.shape[0]}: invert the latent that is edited"
         )
+    recorded = recorded.repeat(values.shape[0] // recorded.shape[0], 1, 1, 1)
     image = recorded[:, :, text:]
     if image.shape[2] != place.image.stop - place.image.start:
         raise ValueError(

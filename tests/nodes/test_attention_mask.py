@@ -57,11 +57,11 @@ def attentions(model: Any, prompt: stock.Conditioning, x: Tensor, sigma: float) 
     ) -> Tensor:
         heads = kwargs.get("heads") or args[0]
         mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
-        parts = [q.clone(), k.clone()]
+        in_heads = q.clone(), k.clone()
         if not kwargs.get("skip_reshape"):
             width = q.shape[-1] // heads
-            parts = [t.unflatten(2, (-1, width)).transpose(1, 2) for t in parts]
-        shown.append(Shown(*parts, mask))
+            in_heads = tuple(t.unflatten(2, (-1, width)).transpose(1, 2) for t in in_heads)
+        shown.append(Shown(in_heads[0], in_heads[1], mask))
         return attention(q, k, v, *args, **kwargs)
 
     clone = model.clone()

@@ -186,6 +186,19 @@ def test_edits_keep_more_and_free_steps_are_free(tiny_model: TinyModel, name: st
     assert torch.equal(free.having(model=injecting(model)).run(), free.run())
 
 
+def test_each_picture_has_its_own_mask_with_several_noises_too(tiny_model: TinyModel) -> None:
+    model, latent = tiny_model("sd3"), picture_latent(2)
+    masks = torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])
+    edit = Edit(model, latent, n_avg=2, n_max=1)
+    plain, whole, found = (
+        edit.having(model=changed).run()
+        for changed in (model, injecting(model), injecting(model, mask=masks))
+    )
+    assert torch.equal(found[0], whole[0])
+    assert torch.equal(found[1], plain[1])
+    assert not torch.equal(found, plain)
+
+
 def test_only_a_guider_of_two_prompts_will_do(tiny_model: TinyModel) -> None:
     model, latent = injecting(tiny_model("sd3"), end=0.5), picture_latent()
     with pytest.raises(ValueError, match="use a Source/Target Guider"):

@@ -142,6 +142,9 @@ def test_each_picture_of_a_batch_has_its_own_values_and_mask(tiny_model: TinyMod
         alone = Inversion(recording(model), latent[row : row + 1], method="Euler").run()[2]
         single = velocity(inject(model, alone), target(), x[row : row + 1], sigma)
         torch.testing.assert_close(whole[row], single[0], rtol=0, atol=2e-4)
+    # An edit with several noises at once has all pictures once for each.
+    again = velocity(inject(model, trajectory, masks), target(), x.repeat(2, 1, 1, 1), sigma)
+    torch.testing.assert_close(again, found.repeat(2, 1, 1, 1), rtol=0, atol=2e-4)
 
 
 def test_values_of_one_picture_serve_a_batch(tiny_model: TinyModel) -> None:
