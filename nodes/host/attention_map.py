@@ -137,7 +137,8 @@ class AttentionProbe(comfy.samplers.Sampler):
             generator = torch.Generator().manual_seed(self.settings.seed + 100 * k)
             drawn = flow.draw_noise((1, *latent_image.shape[1:]), [generator], latent_image)
             # Models with added noise know a noise level by its ratio to the picture.
-            sigma = level if straight else min(level / (1 - level), float(sampling.sigma_max))
+            ratio = level / max(1 - level, 1e-9)
+            sigma = level if straight else min(ratio, float(sampling.sigma_max))
             rows = latent_image.new_full((len(latent_image),), sigma)
             shaped = rows.view(-1, *[1] * (latent_image.ndim - 1))
             x = sampling.noise_scaling(shaped, drawn.expand_as(latent_image), latent_image)
