@@ -244,7 +244,7 @@ def test_projection_is_that_of_its_blocks() -> None:
         (weights.transformer_files["sd3"], SD3_BYTES),
         (weights.transformer_files["flux"], FLUX_BYTES),
     ],
-    ids=["codec", "transformer"],
+    ids=["codec", "sd3", "flux"],
 )
 def test_weights_are_small_enough_to_ship(file: Path, limit: float) -> None:
     assert 1e6 < file.stat().st_size <= limit
