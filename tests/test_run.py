@@ -8,11 +8,13 @@ import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from host import comfyui, environment, options
 from host.cases import CaseError, drawn_case, fill_in
+from host.prompts import Graph
 
 
 def make_comfyui(folder: Path) -> Path:
@@ -166,8 +168,8 @@ def test_edit_options_are_checked_first(
     assert message in capsys.readouterr().err
 
 
-def graph_of(*nodes: tuple[str, str, dict[str, object]]) -> dict[str, dict]:
-    picture = ("LoadImage", "Load Image", {"image": "other.png"})
+def graph_of(*nodes: tuple[str, str, dict[str, Any]]) -> Graph:
+    picture: tuple[str, str, dict[str, Any]] = ("LoadImage", "Load Image", {"image": "other.png"})
     return {
         str(i): {"class_type": kind, "_meta": {"title": title}, "inputs": dict(inputs)}
         for i, (kind, title, inputs) in enumerate([picture, *nodes])
