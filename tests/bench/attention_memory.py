@@ -98,7 +98,7 @@ def main() -> None:
     (model,) = stock.call("UNETLoader", unet_name=file, weight_dtype="default")
     nodes = f"{host.pack.__name__}.nodes.host."
     located, layouts = (sys.modules[nodes + name] for name in ("attention_map", "layouts"))
-    attending = sys.modules[f"{host.pack.__name__}.kernels.attention"]
+    attending: Any = sys.modules[f"{host.pack.__name__}.kernels.attention"]
     rows = one_block(attending)
     prompt = stock.conditioning(1, tokens=77)
     phrase = torch.eye(77)[:, 5:7]
