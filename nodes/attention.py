@@ -170,7 +170,7 @@ class StructureDetailSampler(io.ComfyNode):
             category="pinpoint/edit",
             description=(
                 "Samples a new picture whose latents outside a mask follow the inverted source: "
-                "the structure half of Flux-Sculptor. Inject Values is the detail half."
+                "the structure half of Flux-Sculptor, whose detail half is Inject Values."
             ),
             search_aliases=["flux-sculptor", "s2d-ec", "latent fusion", "kv-edit"],
             inputs=[

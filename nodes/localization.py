@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..kernels import masks, pictures
-from .host import arguments, attention_map, layouts, locating, widgets
+from .host import arguments, attention_map, layouts, locating, progress, widgets
 from .host.locating import HeatSettings, probing_guider, velocity_heat
 
 
@@ -387,9 +387,8 @@ class AttentionMask(io.ComfyNode):
         shown = torch.cat([union, cleaned])
         overlay = pictures.heat_over(_repeated(picture, len(shown)), shown)
         wanted = [phrase for request in requests for phrase in request.wanted]
-        words = ui.PreviewText("all together, then: " + ", ".join(wanted)).as_dict()
-        preview = {**ui.PreviewImage(overlay, cls=cls).as_dict(), **words}
-        return io.NodeOutput(soft, hard, each, overlay, ui=preview)
+        progress.show("all together, then: " + ", ".join(wanted))
+        return io.NodeOutput(soft, hard, each, overlay, ui=ui.PreviewImage(overlay, cls=cls))
 
 
 def _repeated(pictures: Tensor, count: int) -> Tensor:

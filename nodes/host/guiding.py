@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from ...kernels import flow
 from . import arguments, families, tap, values
+
+log = logging.getLogger(__name__)
 
 Conditioning = list[Any]
 Options = dict[str, Any]
@@ -120,6 +123,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             seed,
             latent_shapes=latent_shapes,
         )
+        self._evaluated_source = False
         try:
             edited = super().inner_sample(
                 noise,
@@ -134,12 +138,21 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
                 latent_shapes=latent_shapes,
             )
         finally:
+            self._warn_of_unshared_values()
             # ComfyUI cleans up the ControlNets of all conditionings that are here.
             self.conds |= {f"source_{key}": conds for key, conds in self.source_conds.items()}
         if empty:
             return edited
         unmoved = self.inner_model.process_latent_out(clean.to(torch.float32))
         return torch.where(edited == unmoved, latent_image, edited)
+
+    def _warn_of_unshared_values(self) -> None:
+        shares = values.sharing_key in self.model_options["transformer_options"]
+        if shares and not self._evaluated_source:
+            log.warning(
+                "Pinpoint: Inject Values has no trajectory and this sampler evaluates the target "
+                "prompt alone, so nothing was injected: use an Edit Sampler or connect a trajectory"
+            )
 
     def _source_keys(self) -> list[str]:
         keys = [key for key in self.conds if key.startswith("source_")]
@@ -189,6 +202,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         """Denoised latents; for a pair, those of [target rows, source rows]."""
         if pair_key not in model_options:
             return super().predict_noise(x, timestep, _with_sources(model_options, []), seed)
+        self._evaluated_source = True
         options = {key: value for key, value in model_options.items() if key != pair_key}
         (target, source), sigma = x.chunk(2), timestep[: len(x) // 2]
         if self.same_prompts and torch.equal(target, source):

@@ -15,8 +15,6 @@ import latent_preview
 import node_helpers
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_execution.utils import get_executing_context
-from server import PromptServer
 from torch import Tensor
 
 from . import families, values
@@ -31,6 +29,7 @@ from .inversion import (
     leading_noise,
     lowest_sigma,
 )
+from .progress import show
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Inversion:
         options = model.model_options["transformer_options"]
         recording, report = self._recording(options, latent, rising)
         if report:
-            _show(report[0])
+            show(report[0])
         if recording is not None:
             options[values.recording_key] = recording
         states: list[Tensor] = []
@@ -87,7 +86,9 @@ class Inversion:
         if measured:
             after = _progress(model, total, offset=len(rising) - 1)
             report.append(self._round_trip(trajectory, latent, after))
-        return trajectory, "\n".join(report)
+        text = "\n".join(report)
+        show(text)
+        return trajectory, text
 
     def latent_of(self, noise: Tensor) -> Tensor:
         """Noise in the model's space as it goes on a LATENT wire."""
@@ -186,10 +187,3 @@ def _progress(model: ModelPatcher, total: int, offset: int = 0) -> Callable[...,
     """A sampler's callback that previews the picture and counts on from an offset."""
     preview = latent_preview.prepare_callback(model, total)
     return lambda step, denoised, x, _total: preview(step + offset, denoised, x, total)
-
-
-def _show(text: str) -> None:
-    """Text on the node that is at work."""
-    context = get_executing_context()
-    if context is not None:
-        PromptServer.instance.send_progress_text(text, context.node_id)

@@ -1,0 +1,13 @@
+"""Text on a node while it works and after."""
+
+from __future__ import annotations
+
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+
+def show(text: str) -> None:
+    """Write on the node that is at work; the page draws no other text on nodes like ours."""
+    context = get_executing_context()
+    if context is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)
