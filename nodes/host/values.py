@@ -133,7 +133,7 @@ def recording_model(model: ModelPatcher, settings: RecordSettings) -> ModelPatch
 
     def look(attention: tap.Attention) -> None:
         recording = attention.call.options.get(recording_key)
-        if recording is not None and recording.settings is settings:
+        if recording is not None:
             recording.keep(attention)
 
     clone = tap.tapped(model, tap.observing(look))

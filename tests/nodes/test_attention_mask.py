@@ -257,6 +257,21 @@ def test_a_models_mask_hides_words(located: ModuleType, tiny_model: TinyModel) -
     assert (found[:, :7] > 0).all()
 
 
+def test_a_mask_over_all_tokens_is_cut_to_the_pictures(
+    located: ModuleType, tiny_model: TinyModel
+) -> None:
+    """As ComfyUI's Apply Style Model makes it for Flux."""
+    family = FAMILIES["Flux"]
+    bias = torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(3)) * 2
+    prompt = stock.with_values(
+        family.prompt(1), attention_mask=bias, attention_mask_img_shape=(4, 5)
+    )
+    search = Search(located, tiny_model("flux"), family, weights(1, 12, 2))
+    masked = whole_maps(search.model, family, prompt, search.columns, family.latent(2))
+    assert close(search.found(prompt), masked)
+    assert not close(masked, search.expected())
+
+
 @some_families
 def test_rows_are_pictures_and_one_noise_serves_all(
     located: ModuleType, tiny_model: TinyModel, family: Family
@@ -297,6 +312,13 @@ def test_attention_of_others_is_read_and_none_is_said(
     columns = weights(1, 12, 2)
     with pytest.raises(ValueError, match="another node replaces their attention: choose others"):
         Search(located, model, family, columns).found()
+    # Nothing to spread along where another pack took over the picture's own attention.
+    model = plain.clone()
+    model.set_model_attn1_replace(lambda q, *_: q, "output", 0)
+    search = Search(located, model, family, columns)
+    found = [search.found(blocks="output 0", propagation=count) for count in (0, 2)]
+    assert torch.equal(*found)
+    assert search.found(propagation=1).shape == found[0].shape
     # A LoRA changes what is read.
     flux, hooked = FAMILIES["Flux"], foreign.lora(tiny_model("flux"))
     search = Search(located, hooked, flux, columns)

@@ -341,8 +341,7 @@ def test_rough_picture_is_comfyuis_fast_preview(
 
     model, latent = tiny_model(name), latent_for(name, 2)
     locating = pack.nodes.host.locating
-    guider = locating.probing_guider(model, stock.conditioning(1), stock.conditioning(2), 1.0)
-    found = locating.rough_picture(guider, latent)
+    found = locating.rough_picture(model, latent)
     form = model.model.latent_format
     previewer = latent_preview.Latent2RGBPreviewer(
         form.latent_rgb_factors, form.latent_rgb_factors_bias, form.latent_rgb_factors_reshape

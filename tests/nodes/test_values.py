@@ -286,6 +286,34 @@ def test_precision_is_bytes(tiny_model: TinyModel, precision: str, size: int) ->
     assert sum(values.untyped_storage().nbytes() for values in kept) == trajectory.values.bytes
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_levels_next_to_no_noise_are_one(
+    tiny_model: TinyModel, recorder: ModuleType, method: str
+) -> None:
+    """The model is told the same noise level for them."""
+    node = recording(tiny_model("sd3"))
+    settings = node.model_options["transformer_options"][recorder.recorder_key]
+    job = Inversion(node, schedule=(0.4, 6e-4, 2e-4, 0.0), method=method)
+    kept = job.run()[2].values.bytes
+    exactly = recorder.recording_model(node, replace(settings, limit=kept))
+    assert job.having(model=exactly).run()[2].values.bytes == kept
+    with pytest.raises(ValueError, match="recording would take"):
+        job.having(model=recorder.recording_model(node, replace(settings, limit=kept - 1))).run()
+
+
+def test_values_are_the_positive_prompts(tiny_model: TinyModel) -> None:
+    model = recording(tiny_model("sd3"))
+    job = Inversion(model, method="Euler", negative=stock.conditioning(3))
+    alone, guided = (job.having(guidance=scale).run()[2].values for scale in (1.0, 3.0))
+    assert alone.bytes == guided.bytes
+    for key, levels in alone.kept.items():
+        # The first level's latent is the same for both.
+        first = min(levels)
+        torch.testing.assert_close(
+            guided.kept[key][first].values, levels[first].values, rtol=0, atol=1e-4
+        )
+
+
 def test_recording_keeps_only_its_part_and_blocks(tiny_model: TinyModel) -> None:
     model = tiny_model("schnell")
     trajectory = recorded(model, "schnell", blocks="single", start=0.2, end=0.6)[0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from host import stock
+from host import stock, tiny_clip
 from host.edits import picture_latent
 from host.graphs import NodeGraph
 from host.inprocess import Host
@@ -24,23 +24,51 @@ NODES = (
     "PinpointEditSampler",
     "PinpointEditWithWords",
     "PinpointCompositeEdit",
+    "PinpointAttentionMask",
+    "PinpointFlowSolver",
+    "PinpointInvert",
+    "PinpointNoiseFromLatent",
+    "PinpointRecordValues",
+    "PinpointInjectValues",
+    "PinpointStructureSampler",
+    "PinpointStructureDetailEdit",
 )
 nodes = pytest.mark.parametrize("class_type", NODES)
 
 # Small enough to run, where a widget's default is made for real models.
 QUICK = {"steps": 4, "n_max": 3, "samples": 2}
+# What a person writes, and all of the two blocks that a tiny SD3 has.
+TEXTS = {"source_prompt": "a red hat", "target_prompt": "a blue hat", "blocks": "all"}
 
 
 @pytest.fixture
 def things(tiny_model: TinyModel) -> dict[str, Any]:
     """Something for every wire, by the wire's type or the input's name."""
-    picture = torch.rand(1, 64, 64, 3)
+    picture, latent = torch.rand(1, 64, 64, 3), {"samples": picture_latent()}
+    model, sigmas = tiny_model("sd3_bare"), torch.linspace(1, 0, 5)
+    recording = stock.call(
+        "PinpointRecordValues",
+        model=model,
+        **dict(blocks="all", start=0.0, end=0.5, tokens="image", precision="fp16"),
+        **dict(device="CPU", limit_gb=1.0),
+    )[0]
+    trajectory = stock.call(
+        "PinpointInvert",
+        model=recording,
+        source=stock.conditioning(1),
+        latent=latent,
+        sigmas=sigmas,
+        **dict(method="Euler", guidance=1.0, gamma=0.5, seed=0, measure_round_trip=False),
+    )[2]
     return {
-        "MODEL": tiny_model("sd3"),
+        "MODEL": model,
+        "CLIP": tiny_clip.clip(),
+        "SIGMAS": sigmas,
+        "PINPOINT_TRAJECTORY": trajectory,
         "source": stock.conditioning(1),
         "target": stock.conditioning(2),
         "negative": stock.conditioning(3),
-        "LATENT": {"samples": picture_latent()},
+        "LATENT": latent,
         "IMAGE": picture,
         "MASK": torch.ones(1, 64, 64),
     }
@@ -58,13 +86,13 @@ def graph_of(host: Host, class_type: str, things: dict[str, Any]) -> NodeGraph:
     """A graph in which the node has all its inputs and works."""
     graph, inputs = NodeGraph(), {}
     for name, kind, options in inputs_of(host, class_type):
-        if kind in ("INT", "FLOAT", "BOOLEAN", "COMBO"):
+        if kind in ("INT", "FLOAT", "BOOLEAN", "COMBO", "STRING"):
             default = options.get("default", options.get("options", [None])[0])
-            inputs[name] = QUICK.get(name, default)
+            inputs[name] = {**QUICK, **TEXTS}.get(name, default)
         else:
             inputs[name] = graph.give(things[kind if kind in things else name])
     node = graph.add(class_type, **inputs)
-    if class_type == "PinpointEditSampler":
+    if class_type in ("PinpointEditSampler", "PinpointFlowSolver", "PinpointStructureSampler"):
         _sample_with(graph, things, sampler=node)
     elif class_type == "PinpointSourceTargetGuider":
         _sample_with(graph, things, guider=node)
