@@ -44,7 +44,8 @@ class Shown:
         q, k = self.q[:, heads].double(), k[:, heads, keys].double()
         scores = q[:, :, list(rows)] @ k.mT / q.shape[-1] ** 0.5
         if self.mask is not None:
-            scores = scores + self.mask.double().unsqueeze(-3)
+            mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., list(rows), :]
+            scores = scores + mask.double().unsqueeze(-3)
         return (scores.softmax(-1) @ columns.double()[:, None]).mean(1)
 
 

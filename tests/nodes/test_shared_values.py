@@ -209,6 +209,23 @@ def test_only_a_guider_of_two_prompts_will_do(tiny_model: TinyModel) -> None:
     assert torch.equal(sample(model, latent, solver("Euler"), sigmas=late), plain)
 
 
+def test_a_sampler_that_asks_for_the_target_alone_is_said(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, latent = tiny_model("sd3"), picture_latent()
+    sigmas = torch.tensor((1.0, 0.5, 0.0))
+
+    def run(model: Any) -> Tensor:
+        guider = edit_guider(model, source(), target())
+        return sample(model, latent, solver("Euler"), sigmas=sigmas, guider=guider)
+
+    plain = run(model)
+    Edit(injecting(model), n_min=2).run()
+    assert "nothing was injected" not in caplog.text
+    assert torch.equal(run(injecting(model)), plain)
+    assert "nothing was injected: use an Edit Sampler or connect a trajectory" in caplog.text
+
+
 # Nothing left
 
 
