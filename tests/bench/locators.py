@@ -27,10 +27,9 @@ def on_tokens(mask: Tensor) -> Tensor:
     return F.interpolate(inside, mask.shape[1:], mode="nearest-exact")[:, 0]
 
 
-def true_masks(_lab: Lab, _model: Any, case: Case) -> tuple[Tensor, Tensor]:
-    """The exact mask, on the latent grid."""
-    mask = edits.cells(case.truth)
-    return mask, mask
+def true_masks(_lab: Lab, _model: Any, case: Case) -> tuple[Tensor, None]:
+    """The exact mask on the latent grid, and no located region to judge."""
+    return edits.cells(case.truth), None
 
 
 def velocity_masks(lab: Lab, model: Any, case: Case) -> tuple[Tensor, Tensor]:

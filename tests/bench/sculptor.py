@@ -159,7 +159,7 @@ rf_edit = Recipe(detail=(0.0, 0.2), tokens="image and text")
 fire_edit = Recipe("FireFlow", detail=(0.0, 0.2), tokens="image and text")
 sculptor = Recipe(structure=1.0, detail=(0.0, 0.2))
 
-Locator = Callable[[Lab, Any, Case], tuple[Tensor, Tensor]]
+Locator = Callable[[Lab, Any, Case], tuple[Tensor, Tensor | None]]
 
 
 def methods() -> dict[str, Method]:
@@ -172,7 +172,7 @@ def methods() -> dict[str, Method]:
         )
 
     def local(recipe: Recipe, locate: Locator) -> Method:
-        def run(lab: Lab, model: Any, case: Case) -> tuple[Tensor, Tensor]:
+        def run(lab: Lab, model: Any, case: Case) -> tuple[Tensor, Tensor | None]:
             soft, hard = locate(lab, model, case)
             return inverted_edit(lab, model, case, soft, recipe), hard
 

@@ -1,17 +1,18 @@
 """Which settings serve each method of `sculptor.py` best? Measured on a split that is not judged.
 
-    python tests/bench/sculptor_sweep.py --count 44 --seed 5 \\
+    python tests/bench/sculptor_sweep.py --count 88 --seed 5 \\
         --json tests/bench/results/sculptor_sweep.json
 
-The attention mask's threshold, and for every kind of edit its own settings; the bench uses the rows
-that a person would choose here: edited as asked first, then the whole picture's PSNR.
+The attention mask's threshold and growth, and for every kind of edit its own settings; the bench
+uses the rows that a person would choose here: edited as asked first, then the whole picture's PSNR.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -72,11 +73,34 @@ def locating(lab: Lab, cases: list[Case]) -> Iterator[Row]:
                 yield {"setting": name, "mask_iou": float(torch.cat(scores).mean())}
 
 
-def measured(lab: Lab, cases: list[Case], recipe: Recipe, solving: dict[str, float]) -> Row:
-    """The scores of a recipe with true masks."""
+def growing(lab: Lab, cases: list[Case]) -> Iterator[Row]:
+    """Flux-Sculptor with attention masks of several thresholds, grown by several token widths."""
+    heats = [locators.attention_heats(lab, lab.model, case) for case in cases]
+    for threshold in (0.2, 0.25, 0.3, 0.35):
+        for dilation in (2, 3, 4, 5):
+            masks = [
+                locators.shaped_masks(lab, case, heat, threshold=threshold, dilation=dilation)[0]
+                for case, heat in zip(cases, heats, strict=True)
+            ]
+            name = f"sculptor, attention mask, threshold {threshold:g}, dilation {dilation}"
+            yield {"setting": name, **measured(lab, cases, masks, sculptor.sculptor, {})}
+
+
+def true_masks(cases: list[Case], recipe: Recipe) -> list[Tensor | None]:
+    """The exact masks, for recipes that use one."""
+    return [None if recipe.structure is None else edits.cells(case.truth) for case in cases]
+
+
+def measured(
+    lab: Lab,
+    cases: list[Case],
+    masks: Sequence[Tensor | None],
+    recipe: Recipe,
+    solving: dict[str, float],
+) -> Row:
+    """The scores of a recipe with a mask for each case."""
     parts: dict[str, list[Tensor]] = {}
-    for case in cases:
-        mask = None if recipe.structure is None else edits.cells(case.truth)
+    for case, mask in zip(cases, masks, strict=True):
         edited = sculptor.inverted_edit(lab, lab.model, case, mask, recipe, **solving)
         asked, kept = case.panel.verdicts(edited)
         figures = {
@@ -93,17 +117,18 @@ def measured(lab: Lab, cases: list[Case], recipe: Recipe, solving: dict[str, flo
 
 def main() -> None:
     """Sweep and report."""
-    options = arguments(__doc__, 44)
+    options = arguments(__doc__, 88)
     lab = Lab("flux")
     cases = list(edits.cases(lab, "dev", options.seed, options.count))
     rows: list[Row] = []
-    for row in locating(lab, cases):
+    for row in chain(locating(lab, cases), growing(lab, cases)):
         rows.append(row)
         print(row, flush=True)
     for name, recipe, solving in recipes():
-        rows.append({"setting": name, **measured(lab, cases, recipe, solving)})
+        figures = measured(lab, cases, true_masks(cases, recipe), recipe, solving)
+        rows.append({"setting": name, **figures})
         print(rows[-1], flush=True)
-    report(rows, columns, options.json, "Edits with true masks; split dev.")
+    report(rows, columns, options.json, "Edits with true masks unless another is named; split dev.")
 
 
 if __name__ == "__main__":

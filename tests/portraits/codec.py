@@ -1,8 +1,9 @@
-"""A 16-channel TAESD whose encoder computes the principal components of 8x8 colour blocks.
+"""TAESDs whose encoders start as the principal components of 8x8 colour blocks.
 
 From ordinary initialisation the two halves do not find each other in the time that two CPU cores
 give. With the encoder set by hand to an exact linear transform (28 dB when inverted linearly), only
-the decoder is trained, and a transformer can be trained on the latents at the same time.
+the 16-channel decoder is trained, and a transformer can be trained on the latents at the same time.
+Four components are too few (21 dB), so the 4-channel encoder is trained on from there.
 """
 
 from __future__ import annotations
@@ -12,16 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 channels = 16
-spread = torch.tensor([1.0] * 3 + [0.6] * 13)
-"""Deviation of each latent channel; the rare large values of fine detail must fit TAESD's clamp."""
+"""Of SD3's and Flux's latents."""
+sd15_channels = 4
 sd3_scale, sd3_shift = 1.5305, 0.0609
 """SD3's latent format: the transformer sees (raw - shift) * scale, which is what we train on."""
 flux_scale, flux_shift = 0.3611, 0.1159
 """Flux's latent format; scaled so, the same latents reach a Flux transformer."""
+sd15_scale, sd15_shift = 0.18215, 0.0
+"""SD1.5's latent format: the UNet sees what the encoder computes."""
+
+Basis = tuple[Tensor, Tensor, Tensor]
+"""Mean (192,), components (channels, 192) and their deviations (channels,)."""
 
 
-def build() -> nn.Module:
-    """ComfyUI's TAESD with 16 latent channels and freshly drawn weights."""
+def spread(basis: Basis) -> Tensor:
+    """Deviation of each latent channel; rare large values of fine detail must fit TAESD's clamp."""
+    return torch.tensor([1.0] * 3 + [0.6] * (len(basis[1]) - 3))
+
+
+def build(channels: int = channels) -> nn.Module:
+    """ComfyUI's TAESD with freshly drawn weights."""
     from comfy.taesd.taesd import TAESD
 
     codec = TAESD(latent_channels=channels)
@@ -37,8 +48,8 @@ def build() -> nn.Module:
     return codec
 
 
-def principal_components(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (192,), components (16, 192) and their deviations (16,) of 8x8 colour blocks.
+def principal_components(images: Tensor, channels: int = channels) -> Basis:
+    """The first components of the 8x8 colour blocks of pictures.
 
     In float64 with a fixed sign, so that separate runs agree on the latent space.
     """
@@ -51,27 +62,29 @@ def principal_components(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean.float(), components.float(), deviation.float()
 
 
-def project(images: Tensor, basis: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """(B, 3, H, W) in 0..1 -> latents (B, 16, H/8, W/8), what the encoder computes."""
+def project(images: Tensor, basis: Basis) -> Tensor:
+    """(B, 3, H, W) in 0..1 -> latents (B, channels, H/8, W/8), what the encoder computes."""
     mean, components, deviation = basis
     blocks = F.unfold(images, 8, stride=8).permute(0, 2, 1) - mean
-    latents = blocks @ components.T * (spread / deviation)
+    latents = blocks @ components.T * (spread(basis) / deviation)
     rows, columns = images.shape[2] // 8, images.shape[3] // 8
     return latents.permute(0, 2, 1).unflatten(2, (rows, columns)).contiguous()
 
 
 @torch.no_grad()
-def set_encoder(codec: nn.Module, basis: tuple[Tensor, Tensor, Tensor]) -> None:
+def set_encoder(codec: nn.Module, basis: Basis) -> None:
     """Set the encoder's weights so that it computes `project`.
 
     The strided convolutions become pixel unshuffles and the last two form the projection; positive
-    and negative parts travel in separate channels because every block ends in a ReLU.
+    and negative parts travel in separate channels because every block ends in a ReLU. Channels that
+    this leaves free keep their drawn weights, from which an encoder can be trained on.
     """
     mean, components, deviation = basis
-    encoder = codec.taesd_encoder
-    for parameter in encoder.parameters():
-        parameter.zero_()
+    channels, encoder = len(components), codec.taesd_encoder
     first, half, quarter, eighth, last = (encoder[i] for i in (0, 2, 6, 10, 14))
+    for layer, used in ((first, 3), (half, 12), (quarter, 48), (eighth, 2 * channels)):
+        layer.weight[:used] = 0
+    last.weight.zero_()
     for c in range(3):
         first.weight[c, c, 1, 1] = 1
     for conv, planes in ((half, 3), (quarter, 12)):
@@ -82,7 +95,7 @@ def set_encoder(codec: nn.Module, basis: tuple[Tensor, Tensor, Tensor]) -> None:
     kernel = _project_unshuffled(components)
     eighth.weight[:channels, :48, 1:, 1:] = kernel
     eighth.weight[channels : 2 * channels, :48, 1:, 1:] = -kernel
-    gain, index = spread / deviation, torch.arange(channels)
+    gain, index = spread(basis) / deviation, torch.arange(channels)
     last.weight[index, index, 1, 1] = gain
     last.weight[index, index + channels, 1, 1] = -gain
     last.bias.copy_(-(components @ mean) * gain)
