@@ -74,10 +74,10 @@ def locating(lab: Lab, cases: list[Case]) -> Iterator[Row]:
 
 
 def growing(lab: Lab, cases: list[Case]) -> Iterator[Row]:
-    """Flux-Sculptor with attention masks of several thresholds, grown by several token widths."""
+    """Flux-Sculptor with attention masks of several thresholds, grown by several windows."""
     heats = [locators.attention_heats(lab, lab.model, case) for case in cases]
-    for threshold in (0.2, 0.25, 0.3, 0.35):
-        for dilation in (2, 3, 4, 5):
+    for threshold in (0.2, 0.25, 0.3):
+        for dilation in (3, 5, 7):
             masks = [
                 locators.shaped_masks(lab, case, heat, threshold=threshold, dilation=dilation)[0]
                 for case, heat in zip(cases, heats, strict=True)
@@ -121,7 +121,7 @@ def main() -> None:
     lab = Lab("flux")
     cases = list(edits.cases(lab, "dev", options.seed, options.count))
     rows: list[Row] = []
-    for row in chain(locating(lab, cases), growing(lab, cases)):
+    for row in chain(growing(lab, cases), locating(lab, cases)):
         rows.append(row)
         print(row, flush=True)
     for name, recipe, solving in recipes():
