@@ -231,18 +231,8 @@ class SculptWithWords(io.ComfyNode):
                 io.Model.Input("model", raw_link=True, tooltip="A flow model, such as Flux."),
                 io.Clip.Input("clip", raw_link=True, tooltip="The model's text encoder."),
                 io.Latent.Input("latent", raw_link=True, tooltip="The picture, from VAE Encode."),
-                io.String.Input(
-                    "source_prompt",
-                    multiline=True,
-                    default="",
-                    tooltip="Describes the picture as it is.",
-                ),
-                io.String.Input(
-                    "target_prompt",
-                    multiline=True,
-                    default="",
-                    tooltip="The same words, with what shall change changed.",
-                ),
+                widgets.prompt("source_prompt", "Describes the picture as it is."),
+                widgets.prompt("target_prompt", "The same words, with what shall change changed."),
                 io.Int.Input(
                     "steps", default=15, min=1, max=1000, tooltip="Each way, to noise and back."
                 ),

@@ -40,7 +40,7 @@ class FlowSolver(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "RF-Inversion, rising sigmas: pull towards fresh noise. 0 is plain "
-                        "inversion; higher noise is easier to edit and remembers less."
+                        "inversion; higher ends in noise that is easier to edit and remembers less."
                     ),
                 ),
                 io.Float.Input(

@@ -200,19 +200,13 @@ class AttentionMask(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", tooltip="The model's text encoder."),
                 io.Latent.Input("latent", tooltip="The picture, from VAE Encode."),
-                io.String.Input(
+                widgets.prompt(
                     "source_prompt",
-                    multiline=True,
-                    default="",
-                    tooltip="Describes the picture as it is; removed phrases are found with it.",
+                    "Describes the picture as it is; removed phrases are found with it.",
                 ),
-                io.String.Input(
+                widgets.prompt(
                     "target_prompt",
-                    multiline=True,
-                    default="",
-                    tooltip=(
-                        "Describes the picture as it shall be; added phrases are found with it."
-                    ),
+                    "Describes the picture as it shall be; added phrases are found with it.",
                 ),
                 io.String.Input(
                     "added",

@@ -42,6 +42,12 @@ def blocks(default: str = "67%-100%") -> io.String.Input:
         default=default,
         tooltip=(
             "Transformer blocks: all, a part of the depth as 67%-100%, or by name as single 20-37, "
-            "double 0-5; several with commas. 67%-100% of Flux.1 is single 20-37, as published."
+            "double 0-5; several with commas. 67%-100% of Flux.1 is single 20-37, as in RF-Edit."
         ),
     )
+
+
+def prompt(name: str, tooltip: str) -> io.String.Input:
+    """A text box that says what it is for while it is empty."""
+    shown = name.replace("_", " ")
+    return io.String.Input(name, multiline=True, default="", tooltip=tooltip, placeholder=shown)
