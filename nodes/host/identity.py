@@ -1,0 +1,48 @@
+"""What Learn Identity learns and Apply Identity applies: the PINPOINT_IDENTITY wire type."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+_name = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A person, thing or attribute that words do not describe.
+
+    Attributes:
+        name: "ann" is written `<ann>` in prompts; letters, digits, - and _.
+        class_word: what it is an instance of, e.g. "person".
+        family: of the model that it was learned with, see `families.name`.
+        vectors: learned input embeddings of each text encoder, by the keys of `CLIP.tokenize`,
+            (n, width), fp32 on the CPU.
+        lora: low-rank change of the model's weights by ComfyUI's names,
+            "diffusion_model.<module>.lora_up.weight", ".lora_down.weight" and ".alpha"; empty if
+            only a word was learned.
+        recipe: how it was learned, for people and for the file's metadata.
+    """
+
+    name: str
+    class_word: str
+    family: str
+    vectors: dict[str, Tensor]
+    lora: dict[str, Tensor] = field(default_factory=dict)
+    recipe: dict[str, str] = field(default_factory=dict)
+
+
+def require_name(name: str, input_name: str = "name") -> str:
+    """A name that can stand in a prompt, without spaces and angle brackets around it.
+
+    Raises:
+        ValueError: it has other characters than letters, digits, - and _, or none.
+    """
+    plain = name.strip().removeprefix("<").removesuffix(">")
+    if not _name.fullmatch(plain):
+        raise ValueError(
+            f"{input_name} is '{name}': write a name of letters, digits, - and _, such as ann"
+        )
+    return plain
