@@ -6,6 +6,8 @@ holds a tokens x tokens map: scores are made for a few queries at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,34 @@ def attention_to(
     Returns:
         (B, Q, G) in fp32. Peak memory grows with Q + K, not with their product.
     """
-    k = _repeated(k, q.shape[1]).transpose(-1, -2).float()
     columns = columns.float().to(q.device)
     columns = columns[:, None] if columns.ndim == 3 else columns
+    parts = softmax_parts(q, k, scale, mask, chunk_of(q, k))
+    return torch.cat([(weights @ columns / total).mean(1) for weights, total in parts], 1)
+
+
+def chunk_of(q: Tensor, k: Tensor) -> int:
+    """For how many queries at a time scores are made."""
     batch, heads, count, _ = q.shape
-    chunk = min(count, max(1, largest_scores // (batch * heads * k.shape[-1])))
+    return min(count, max(1, largest_scores // (batch * heads * k.shape[-2])))
+
+
+def softmax_parts(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A softmax over all keys, for `chunk` queries at a time.
+
+    Args:
+        q, k, scale, mask: as in `attention_to`.
+
+    Yields:
+        (B, H, chunk, K) and (B, H, chunk, 1), whose quotient are the probabilities, in fp32. The
+        next step overwrites the first.
+    """
+    k = repeated(k, q.shape[1]).transpose(-1, -2).float()
+    batch, heads, count, _ = q.shape
     # One buffer for all chunks: on a CPU, memory that is freed in turns is not given back.
     buffer = k.new_empty(batch, heads, chunk, k.shape[-1])
-    parts = []
     for start in range(0, count, chunk):
         queries = q[:, :, start : start + chunk].float() * scale
         scores = torch.matmul(queries, k, out=buffer[:, :, : queries.shape[2]])
@@ -45,9 +67,7 @@ def attention_to(
         # A query that sees nothing has no highest score to be set against.
         highest = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         weights = scores.sub_(highest).exp_()
-        total = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        parts.append((weights @ columns / total).mean(1))
-    return torch.cat(parts, 1)
+        yield weights, weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def propagated(q: Tensor, k: Tensor, maps: Tensor, scale: float) -> Tensor:
@@ -76,7 +96,8 @@ def blended_values(values: Tensor, recorded: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-def _repeated(k: Tensor, heads: int) -> Tensor:
+def repeated(k: Tensor, heads: int) -> Tensor:
+    """Keys or values with as many heads as the queries have."""
     return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], 1)
 
 

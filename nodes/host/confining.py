@@ -1,11 +1,31 @@
-"""Attention to a learned word, confined to a region of the picture."""
+"""Attention to a learned word, confined to a region of the picture (S²Edit's masked attention).
+
+The paper masks the cross-attention of the learned token alone. In joint attention the prompt's
+other tokens would carry what they read from it to every place, so there they do not see it either.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
+
+from ...kernels import attention as attending
+from ...kernels import masks
+from . import layouts, tap
+from .tap import Attention, Proceed
+from .words import words_key
+
+log = logging.getLogger(__name__)
+
+wrapper_key = "pinpoint_confined_words"
+prompts_key = "pinpoint_prompts"
+"""In `transformer_options`: where the words of a step's prompts lie, see `_Prompts`."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +42,194 @@ class Confinement:
     length: int
     mask: Tensor
 
+    def bias(self, attention: Attention, padding: str) -> Tensor:
+        """What to add to the scores of one branch, (rows, queries, keys).
+
+        Args:
+            padding: on which side the model lengthens a prompt's tokens.
+
+        Raises:
+            ValueError: the mask's batch is not the latent's.
+        """
+        place, call = attention.place, attention.call
+        if call.rows % len(self.mask):
+            raise ValueError(
+                f"mask has {len(self.mask)} images, the latent {call.rows}: use one mask, or one "
+                "for each"
+            )
+        frames, *size = place.grid
+        inside = masks.resized(self.mask.float(), *size).clamp(0, 1).to(attention.q).flatten(1)
+        columns = self._columns(attention, padding)
+        return attending.confining_bias(
+            inside.repeat(call.rows // len(self.mask), frames),
+            place.image.start,
+            columns,
+            columns if place.kind == "joint" else [],
+            (attention.q.shape[2], attention.k.shape[2]),
+        )
+
+    def _columns(self, attention: Attention, padding: str) -> list[int]:
+        """The word's keys."""
+        text = attention.place.text
+        assert text is not None
+        if padding == "left":
+            return [text.stop - self.length + row for row in self.rows]
+        # ComfyUI repeats the prompts of UNets to a common length.
+        repeated = range(0, max(attention.call.text_length or 0, self.length), self.length)
+        return [text.start + start + row for start in repeated for row in self.rows]
+
 
 def confined(model: ModelPatcher, name: str, mask: Tensor) -> ModelPatcher:
     """A clone in which the picture sees a learned word inside a mask only.
 
     Prompts come from a text encoder of `words.with_words`; all that hold `<name>` are confined.
+
+    Args:
+        mask: (B or 1, H, W) in [0, 1], any size, 1 = inside.
+
+    Raises:
+        ValueError: a family whose attention is not known.
     """
-    raise NotImplementedError
+    confiner = _Confiner(name.casefold(), mask, layouts.layout_of(model).text_padding)
+    clone = tap.tapped(model, confiner.handle)
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, wrapper_key, confiner.find_prompts)
+    return clone
 
 
 def confined_rows(model: ModelPatcher, confinement: Confinement) -> ModelPatcher:
     """A clone in which the picture sees given rows of every prompt inside a mask only.
 
-    For training, where the rows are known and no guider runs; merge its wrappers into the
+    For training, where the rows are known and no guider runs: put the clone's wrappers into the
     `transformer_options` that `apply_model` is given.
+
+    Raises:
+        ValueError: a family whose attention is not known.
     """
-    raise NotImplementedError
+    padding = layouts.layout_of(model).text_padding
+
+    def handler(attention: Attention, proceed: Proceed) -> Tensor:
+        if attention.place.text is None:
+            return proceed(attention)
+        bias = confinement.bias(attention, padding)
+        bias = bias.repeat(max(1, len(attention.call.branches)), 1, 1)
+        return proceed(_biased(attention, bias))
+
+    return tap.tapped(model, handler)
+
+
+def _biased(attention: Attention, bias: Tensor) -> Attention:
+    return replace(attention, mask=attending.with_bias(attention.mask, bias[:, None]))
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A conditioning in a run: its words' rows, its length, and its area of the latent if any."""
+
+    rows: dict[str, list[int]]
+    length: int
+    area: tuple[int, ...] | None
+
+
+@dataclass
+class _Prompts:
+    """The prompts of one step, by uuid and whether they are positive.
+
+    Attributes:
+        size: rows and columns of the latent.
+        biases: what was made for the step's attentions so far, for those that are alike.
+    """
+
+    found: dict[tuple[Any, bool], _Prompt]
+    size: tuple[int, int]
+    biases: dict[tuple, Tensor | None] = field(default_factory=dict)
+
+    def of(self, uuid: Any, index: int) -> _Prompt | None:
+        """The prompt of a branch."""
+        return self.found.get((uuid, index == 0)) or self.found.get((uuid, index != 0))
+
+
+@dataclass(frozen=True, eq=False)
+class _Confiner:
+    """Confines one word in a run."""
+
+    name: str
+    mask: Tensor
+    padding: str
+
+    def find_prompts(
+        self,
+        executor: Any,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any] = {},  # noqa: B006
+        seed: int | None = None,
+    ) -> Tensor:
+        """A wrapper of PREDICT_NOISE, where the guider has its conditionings at hand."""
+        inner = model_options["transformer_options"]
+        prompts = inner.get(prompts_key) or _Prompts(
+            dict(_found(executor.class_obj)), tuple(x.shape[-2:])
+        )
+        is_first = timestep.max() >= inner["sample_sigmas"].max()
+        if is_first and not any(self.name in prompt.rows for prompt in prompts.found.values()):
+            log.warning(
+                f"Pinpoint: a mask confines <{self.name}>, but no prompt has it: encode one with "
+                "the CLIP of Apply Identity, and let no other node join it to the end of another"
+            )
+        options = {**model_options, "transformer_options": {**inner, prompts_key: prompts}}
+        return executor(x, timestep, options, seed)
+
+    def handle(self, attention: Attention, proceed: Proceed) -> Tensor:
+        """Handler for a tap."""
+        prompts = attention.call.options.get(prompts_key)
+        if attention.place.text is None or prompts is None:
+            return proceed(attention)
+        call, place = attention.call, attention.place
+        shape = (*attention.q.shape[2:3], *attention.k.shape[2:3], attention.q.dtype)
+        alike = (self, *call.branches, call.latent, place.kind, place.grid, shape)
+        if alike not in prompts.biases:
+            prompts.biases[alike] = self._bias(attention, prompts)
+        bias = prompts.biases[alike]
+        return proceed(attention if bias is None else _biased(attention, bias))
+
+    def _bias(self, attention: Attention, prompts: _Prompts) -> Tensor | None:
+        """For all branches; None if none of them has the word."""
+        call, bias = attention.call, None
+        for number, branch in enumerate(call.branches):
+            prompt = prompts.of(*branch)
+            if prompt is None or self.name not in prompt.rows:
+                continue
+            if bias is None:
+                shape = attention.q.shape[2], attention.k.shape[2]
+                bias = attention.q.new_zeros(len(attention.q), *shape)
+            mask = _cropped(self.mask, prompt.area, prompts.size)
+            own = Confinement(tuple(prompt.rows[self.name]), prompt.length, mask)
+            rows = slice(number * call.rows, (number + 1) * call.rows)
+            bias[rows] = own.bias(attention, self.padding)
+        return bias
+
+
+def _found(guider: Any) -> Iterator[tuple[tuple[Any, bool], _Prompt]]:
+    """The prompts of a guider as they are in a run, a Source/Target Guider's source too."""
+    for conds in (guider.conds, getattr(guider, "source_conds", {})):
+        for key, entries in conds.items():
+            # To give the opposite prompt the same area, ComfyUI copies an entry with its uuid and
+            # all, and puts the opposite's text into the copy, which comes last.
+            texts: dict[int, tuple[dict[str, list[int]], int]] = {}
+            for entry in entries:
+                text = entry["model_conds"].get("c_crossattn")
+                if text is None:
+                    continue
+                own = entry.get(words_key, {}), entry["cross_attn"].shape[1]
+                area = entry.get("area")
+                prompt = _Prompt(*texts.setdefault(id(text), own), area and tuple(area))
+                yield (entry["uuid"], key == "positive"), prompt
+
+
+def _cropped(mask: Tensor, area: tuple[int, ...] | None, size: tuple[int, int]) -> Tensor:
+    """The part of a mask over a prompt's area, ([frames,] rows, columns, [first,] top, left)."""
+    if area is None:
+        return mask
+    half = len(area) // 2
+    (height, width), (top, left) = area[half - 2 : half], area[-2:]
+    whole = masks.resized(mask, *size)
+    return whole[:, top : top + height, left : left + width]

@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby, takewhile
 from typing import Any, NamedTuple
 
-from comfy import sd1_clip, sdxl_clip
+from comfy import sd1_clip
 from comfy.sd import CLIP
-from comfy.text_encoders import flux, qwen_image, sd3_clip
-from torch import nn
+
+from . import encoders
 
 # With the commas and full stops of Chinese and Japanese.
 _separator = re.compile(r"[,\n\uff0c\u3001]")
@@ -108,7 +108,7 @@ def encode_with_positions(
         raise ValueError("clip is empty, as the checkpoint has no text encoder: use Load CLIP")
     if not text.strip():
         raise ValueError(f"{name} is empty: describe the picture in words")
-    rows_of = _rows_of(clip.cond_stage_model)
+    encoders.rows_of(clip.cond_stage_model)
     atoms = _atoms(_plain(text))
     found = {
         # Phrases may have been copied with their weights.
@@ -123,7 +123,7 @@ def encode_with_positions(
                 "that prompt"
             )
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    rows, words = _rows(clip, rows_of, text, atoms, conditioning[0][0].shape[1])
+    rows, words = _rows(clip, text, atoms, conditioning[0][0].shape[1])
     positions = {p: sorted(set().union(*(rows[i] for i in o))) for p, o in found.items()}
     for phrase, tokens in positions.items():
         if not tokens:
@@ -216,82 +216,19 @@ def _differences(ours: list[_Atom], theirs: list[_Atom]) -> list[tuple[str, int,
     return list(SequenceMatcher(None, a, b, autojunk=False).get_opcodes())
 
 
-RowsOf = Callable[[nn.Module, dict[str, int], int], dict[str, range]]
-"""(text encoder, counts of tokens, rows of the conditioning) -> in which rows each tokenizer's
-tokens lie, from the first; those that come out before row 0 or after the last are cut off."""
-
-
-def _own(model: nn.Module, counts: dict[str, int], _length: int) -> dict[str, range]:
-    return {model.clip_name: range(counts[model.clip_name])}
-
-
-def _cut(model: nn.Module, counts: dict[str, int], length: int) -> dict[str, range]:
-    """The beginning of the template is cut off."""
-    return {model.clip_name: range(length - counts[model.clip_name], length)}
-
-
-def _sdxl(_model: nn.Module, counts: dict[str, int], _length: int) -> dict[str, range]:
-    """Side by side; of a CLIP-L with more tokens than CLIP-G, the rest is cut off."""
-    return dict.fromkeys("lg", range(min(counts["l"], counts["g"])))
-
-
-def _sd3(model: nn.Module, counts: dict[str, int], _length: int) -> dict[str, range]:
-    """CLIP-L and CLIP-G side by side, then T5; each of them may be absent."""
-    clips = [key for key in "lg" if getattr(model, f"clip_{key}") is not None]
-    start = min((counts[key] for key in clips), default=0)
-    rows = dict.fromkeys(clips, range(start))
-    if model.t5xxl is not None:
-        rows["t5xxl"] = range(start, start + counts["t5xxl"])
-    return rows
-
-
-def _flux(_model: nn.Module, counts: dict[str, int], _length: int) -> dict[str, range]:
-    """Of CLIP-L there is only the pooled output."""
-    return {"t5xxl": range(counts["t5xxl"])}
-
-
-TOKEN_ROWS: dict[type, RowsOf] = {
-    sd1_clip.SD1ClipModel: _own,
-    flux.Flux2TEModel: _own,
-    sdxl_clip.SDXLClipModel: _sdxl,
-    sd3_clip.SD3ClipModel: _sd3,
-    flux.FluxClipModel: _flux,
-    qwen_image.QwenImageTEModel: _cut,
-}
-"""By the class whose `encode_token_weights` makes the conditioning."""
-
-
-def _rows_of(model: nn.Module) -> RowsOf:
-    # A subclass with a method of its own (Ovis, PixelDiT ...) lays tokens out in its own way.
-    method = "encode_token_weights"
-    kind = next((kind for kind in type(model).__mro__ if method in vars(kind)), type(model))
-    if kind not in TOKEN_ROWS:
-        raise ValueError(
-            f"clip is {kind.__name__}, in which Pinpoint cannot find words: load the text encoder "
-            "of SD1.5, SDXL, SD3, SD3.5, Flux, Flux.2, Chroma, Qwen-Image, Z-Image, Lumina 2 or Wan"
-        )
-    return TOKEN_ROWS[kind]
-
-
 def _rows(
-    clip: CLIP, rows_of: RowsOf, text: str, atoms: list[_Atom], length: int
+    clip: CLIP, text: str, atoms: list[_Atom], length: int
 ) -> tuple[list[set[int]], set[int]]:
     """The conditioning's rows of each atom of the prompt, and those of all its words."""
     tokens, template = (clip.tokenize(t, return_word_ids=True) for t in (text, ""))
-    counts = {key: sum(map(len, sections)) for key, sections in tokens.items()}
-    spans = rows_of(clip.cond_stage_model, counts, length)
-    if max(span.stop for span in spans.values()) != length:
-        raise ValueError(
-            f"clip made {length} tokens where its tokenizer made {counts}: use a text encoder that "
-            "no other node changed"
-        )
+    spans = encoders.token_rows(clip, tokens, length)
     rows: list[set[int]] = [set() for _ in atoms]
     words: set[int] = set()
     for key, span in spans.items():
         own = _between(_listed(clip, key, tokens), _listed(clip, key, template))
         placed = [(span.start + at, token) for at, token in own]
         inside = [(row, token) for row, token in placed if 0 <= row < span.stop]
-        spelled, owners = _spelled(inside, _part(clip.tokenizer, key).inv_vocab)
+        spelled, owners = _spelled(inside, encoders.part(clip.tokenizer, key).inv_vocab)
         theirs = _atoms(spelled)
         held = [set().union(*owners[atom.start : atom.stop]) for atom in theirs]
         words.update(*(h for h, a in zip(held, theirs, strict=True) if a.kind != "punctuation"))
@@ -313,27 +250,15 @@ def _aligned(ours: list[_Atom], theirs: list[_Atom]) -> list[slice]:
     return places
 
 
-def _part(owner: Any, key: str) -> Any:
-    """A tokenizer or text encoder by its tokens' key: "l" is called clip_l, "t5xxl" just so."""
-    return getattr(owner, f"clip_{key}", None) or getattr(owner, key)
-
-
 def _listed(clip: CLIP, key: str, tokens: dict[str, Any]) -> Tokens:
     """Without start, end and padding, which ComfyUI marks as word 0."""
     listed, first = [], 0
     for section in tokens[key]:
         # Vectors for another text encoder are left out, and made up for by padding.
-        used = [entry for entry in section if _fits(clip, key, entry[0])]
+        used = [entry for entry in section if encoders.fits(clip, key, entry[0])]
         listed += [(at, token) for at, (token, _, word) in enumerate(used, first) if word]
         first += len(section)
     return listed
-
-
-def _fits(clip: CLIP, key: str, token: Any) -> bool:
-    if isinstance(token, int):
-        return True
-    network = _part(clip.cond_stage_model, key).transformer
-    return token.shape[-1] == network.get_input_embeddings().weight.shape[-1]
 
 
 def _between(tokens: Tokens, template: Tokens) -> Tokens:
