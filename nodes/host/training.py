@@ -1,0 +1,171 @@
+"""A model that can be trained: a copy that autograd accepts, with low-rank changes in it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import comfy.model_management
+import torch
+import torch.nn.functional as F
+from comfy.ldm.chroma.model import Chroma
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.lumina.model import NextDiT
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.ldm.wan.model import WanModel
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter.base import WeightAdapterTrainBase
+from comfy.weight_adapter.bypass import BypassInjectionManager
+from torch import Tensor, nn
+
+from . import families
+
+log = logging.getLogger(__name__)
+
+injection_key = "pinpoint_low_rank"
+
+_flux = r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]"
+TARGETS: dict[type[nn.Module], str] = {
+    UNetModel: r".*\.attn2\.to_(q|k|v|out\.0)",
+    WanModel: r"blocks\.\d+\.cross_attn\.(q|k|v|o)",
+    MMDiT: r"joint_blocks\.\d+\.(context|x)_block\.attn2?\.(qkv|proj)",
+    Flux: _flux,
+    Chroma: _flux,
+    QwenImageTransformer2DModel: r"transformer_blocks\.\d+\.attn\.(to_|add_)\w+(\.0)?",
+    NextDiT: r"layers\.\d+\.attention\.(qkv|out)",
+}
+"""The linear layers of each network through which picture and prompt attend to each other."""
+
+
+class LowRank(WeightAdapterTrainBase):
+    """A change of a linear layer by the product of two thin matrices (LoRA, Hu et al., 2021).
+
+    It starts as no change at all.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int, generator: torch.Generator):
+        super().__init__()
+        outputs, inputs = layer.weight.shape
+        bound = inputs**-0.5
+        down = torch.rand(rank, inputs, generator=generator) * (2 * bound) - bound
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+
+    def h(self, x: Tensor, base_out: Tensor) -> Tensor:
+        """What is added to the layer's output; ComfyUI's interface."""
+        return F.linear(F.linear(x, self.down.to(x)), self.up.to(base_out))
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """By ComfyUI's LoRA names, fp32 on the CPU."""
+        rank = torch.tensor(float(len(self.down)))
+        parts = {"lora_up.weight": self.up, "lora_down.weight": self.down, "alpha": rank}
+        return {f"{name}.{part}": t.detach().float().cpu().clone() for part, t in parts.items()}
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model in training.
+
+    Attributes:
+        model: a copy with weights of its own.
+        changes: the low-rank changes by the names of their layers, "diffusion_model.<module>".
+    """
+
+    model: ModelPatcher
+    changes: dict[str, LowRank]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that can be learned in it."""
+        return [p for change in self.changes.values() for p in change.parameters()]
+
+    def lora(self) -> dict[str, Tensor]:
+        """What was learned, as a LoRA."""
+        return {k: t for name, c in self.changes.items() for k, t in c.weights(name).items()}
+
+
+@contextmanager
+def in_training(
+    model: ModelPatcher, rank: int, seed: int, precision: torch.dtype | None
+) -> Iterator[Trainee]:
+    """A model with low-rank changes, loaded, for the time of a training.
+
+    Inference mode ends and gradients are recorded while this is open.
+
+    Args:
+        rank: of the changes; 0 = none.
+        precision: in which it computes; None = as it comes.
+
+    Raises:
+        ValueError: a family of which the layers to change are not known, or a model that cannot be
+            loaded again.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        trained = own_copy(model, "model")
+        changes = _low_rank(trained, rank, seed) if rank else {}
+        if precision is not None:
+            trained.set_model_compute_dtype(precision)
+        manager = BypassInjectionManager()
+        for name, change in changes.items():
+            manager.add_adapter(name, change)
+        trained.set_injections(injection_key, manager.create_injections(trained.model))
+        before = comfy.model_management.in_training
+        comfy.model_management.in_training = True
+        try:
+            load(trained)
+            yield Trainee(trained, changes)
+        finally:
+            comfy.model_management.in_training = before
+            trained.eject_model()
+
+
+def load(model: ModelPatcher) -> None:
+    """Put a model to be trained where it computes, and leave all the room to its gradients."""
+    with torch.no_grad():
+        comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
+
+
+def own_copy(patcher: ModelPatcher, name: str) -> ModelPatcher:
+    """A clone with weights of its own, loaded again from the file, through which gradients flow.
+
+    ComfyUI loads weights in inference mode, and autograd refuses to keep those. To be called
+    outside of it.
+
+    Args:
+        name: of the input that it came from, for errors.
+
+    Raises:
+        ValueError: it comes from a loader that cannot load it again.
+    """
+    if patcher.cached_patcher_init is None:
+        raise ValueError(
+            f"{name} comes from a loader that cannot load it a second time, which learning needs: "
+            "use Load Checkpoint, Load Diffusion Model or Load CLIP"
+        )
+    copy = patcher.clone(force_deepcopy=True)
+    copy.model.requires_grad_(False)
+    for key in list(copy.injections):
+        log.warning(f"Pinpoint: {key} belongs to the original {name} and is left out of learning")
+        copy.remove_injections(key)
+    return copy
+
+
+def _low_rank(model: ModelPatcher, rank: int, seed: int) -> dict[str, LowRank]:
+    network = model.model.diffusion_model
+    pattern = next((p for kind, p in TARGETS.items() if isinstance(network, kind)), None)
+    if pattern is None:
+        raise ValueError(
+            f"model is {families.name(model)}, of which Pinpoint does not know the layers to "
+            "change: set steps to 0, which learns a word only, or load SD1.5, SDXL, SD3, Flux, "
+            "Chroma, Qwen-Image, Z-Image, Lumina 2 or Wan"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"diffusion_model.{name}": LowRank(module, rank, generator)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(pattern, name)
+    }
