@@ -187,8 +187,7 @@ class Invert(io.ComfyNode):
         samples = arguments.latent_samples(model, latent)
         trajectory, report = job.run(samples, sigmas, measure_round_trip)
         noise = inverting.noise_of(trajectory)
-        wire = {**latent, "samples": job.latent_of(trajectory.noise)}
-        wire.pop("noise_mask", None)
+        wire = inverting.as_latent(model, trajectory.noise, latent)
         return io.NodeOutput(noise, wire, trajectory, report, ui=ui.PreviewText(report))
 
 

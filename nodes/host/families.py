@@ -32,6 +32,26 @@ def require_flow(model: ModelPatcher) -> None:
         )
 
 
+def require_noise_prediction(model: ModelPatcher) -> None:
+    """Refuse models that do not start from noise added to the picture and predict it.
+
+    Raises:
+        ValueError: for flow models, and for others than epsilon, v and x0 prediction.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        raise ValueError(
+            f"model is {name(model)}, a flow model, which needs no null-text embeddings: use "
+            "Invert instead"
+        )
+    noise_added = isinstance(sampling, comfy.model_sampling.EPS)
+    if not noise_added or isinstance(sampling, comfy.model_sampling.IMG_TO_IMG):
+        raise ValueError(
+            f"model is {name(model)}, which does not predict noise: load one such as SD1.5, SD2 or "
+            "SDXL"
+        )
+
+
 def has_embedded_guidance(model: ModelPatcher) -> bool:
     """Whether guidance is distilled into the model and given to it as a number (Flux.1-dev)."""
     return bool(model.model.model_config.unet_config.get("guidance_embed", False))

@@ -196,8 +196,12 @@ def velocity_of(
     return velocity
 
 
-def checked_schedule(sigmas: Tensor) -> list[float]:
-    """Sigmas as numbers, rising or falling strictly within [0, 1]; flipped ones begin at 0 again.
+def checked_schedule(sigmas: Tensor, highest: float = 1.0) -> list[float]:
+    """Sigmas as numbers that rise or fall strictly; flipped ones begin at 0 again.
+
+    Args:
+        sigmas: from a scheduler, within [0, `highest`].
+        highest: noise level of the model's pure noise.
 
     Raises:
         ValueError: for anything else.
@@ -210,11 +214,11 @@ def checked_schedule(sigmas: Tensor) -> list[float]:
         )
     rising = all(a < b for a, b in pairwise(schedule))
     falling = all(a > b for a, b in pairwise(schedule))
-    if not (rising or falling) or min(schedule) < 0 or max(schedule) > 1:
+    if not (rising or falling) or min(schedule) < 0 or max(schedule) > highest:
         listed = ", ".join(f"{sigma:.3f}" for sigma in schedule[:4])
         raise ValueError(
-            f"sigmas ({listed} ...) do not rise or fall between 0 and 1: connect the sigmas of a "
-            "scheduler for this flow model"
+            f"sigmas ({listed} ...) do not rise or fall between 0 and {highest:g}: connect the "
+            "sigmas of a scheduler for this model"
         )
     return [0.0, *schedule[1:]] if rising and schedule[0] <= flipped_zero else schedule
 

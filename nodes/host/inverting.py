@@ -90,10 +90,6 @@ class Inversion:
         show(text)
         return trajectory, text
 
-    def latent_of(self, noise: Tensor) -> Tensor:
-        """Noise in the model's space as it goes on a LATENT wire."""
-        return self.model.model.process_latent_out(noise)
-
     def _recording(
         self, options: dict[str, Any], latent: Tensor, rising: list[float]
     ) -> tuple[values.Recording | None, list[str]]:
@@ -176,6 +172,13 @@ def evaluated_sigmas(method: str, schedule: list[float]) -> list[float]:
 def noise_of(trajectory: Trajectory) -> InvertedNoise:
     """The NOISE that leads back along a trajectory."""
     return InvertedNoise(trajectory.noise)
+
+
+def as_latent(model: ModelPatcher, noise: Tensor, latent: dict[str, Any]) -> dict[str, Any]:
+    """Noise in the model's space as a LATENT, with all but the mask of the one inverted."""
+    wire = {**latent, "samples": model.model.process_latent_out(noise)}
+    wire.pop("noise_mask", None)
+    return wire
 
 
 def noise_from(model: ModelPatcher, samples: Tensor) -> InvertedNoise:
