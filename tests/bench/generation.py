@@ -28,7 +28,8 @@ guidance, steps, batch = 3.0, 28, 25
 
 def generate(lab: Lab, portraits: list[Portrait], seed: int) -> torch.Tensor:
     """Portraits from their captions, with the stock KSampler."""
-    latent = {"samples": torch.zeros(len(portraits), 16, 16, 16)}
+    channels = lab.model.get_model_object("latent_format").latent_channels
+    latent = {"samples": torch.zeros(len(portraits), channels, 16, 16)}
     (made,) = lab.run(
         "KSampler",
         model=lab.model,

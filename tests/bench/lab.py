@@ -16,36 +16,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from host import base, inprocess
-from portraits import checkpoint
+from portraits import checkpoint, sd15
 from portraits.formats import FORMATS
 
 Row = dict[str, Any]
 
 
 class Lab:
-    """A demo model, loaded by the stock loaders of a ComfyUI in this process.
+    """A demo model in a ComfyUI in this process, loaded by stock loaders wherever they can.
 
     Args:
-        format: "sd3" or "flux".
+        format: "sd3", "flux" or "sd15".
     """
 
     def __init__(self, format: str = "sd3") -> None:
         folder = Path(tempfile.mkdtemp(prefix="pinpoint-bench-"))
         self.host = inprocess.start(base.make_base(folder))
         self.format = format
-        if format == "flux":
-            (self.model,) = self.run(
-                "UNETLoader", unet_name=checkpoint.flux_name, weight_dtype="default"
-            )
-            (self.clip,) = self.run(
-                "CLIPLoader", clip_name=checkpoint.clip_name, type="stable_diffusion"
-            )
-            (self.vae,) = self.run("VAELoader", vae_name=checkpoint.vae_name)
-        else:
+        if format == "sd3":
             self.model, self.clip, self.vae = self.run(
                 "CheckpointLoaderSimple", ckpt_name=checkpoint.name
             )
+        else:
+            self.model = self._network()
+            (self.clip,) = self.run(
+                "CLIPLoader", clip_name=checkpoint.clip_name, type="stable_diffusion"
+            )
+            vae_name = checkpoint.vae_name if format == "flux" else checkpoint.sd15_vae_name
+            (self.vae,) = self.run("VAELoader", vae_name=vae_name)
         self._compared = False
+
+    def _network(self) -> Any:
+        if self.format == "sd15":
+            with torch.inference_mode():
+                return sd15.load_model()
+        return self.run("UNETLoader", unet_name=checkpoint.flux_name, weight_dtype="default")[0]
 
     def run(self, node_id: str, **inputs: Any) -> tuple:
         """Execute one node as ComfyUI would, without a graph, and return its outputs."""

@@ -25,7 +25,7 @@ SCHEDULE = (1.0, 0.85, 0.7, 0.5, 0.3, 0.15, 0.0)
 
 @pytest.fixture(scope="module")
 def transformer() -> Any:
-    return diffusers_flux.load(weights.transformer_files["flux"])
+    return diffusers_flux.load(weights.network_files["flux"])
 
 
 @pytest.fixture(scope="module")

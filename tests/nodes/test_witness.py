@@ -24,7 +24,7 @@ LATENT_TOLERANCE = 5e-4
 
 @pytest.fixture(scope="module")
 def transformer() -> Any:
-    return diffusers_sd3.load(weights.transformer_files["sd3"])
+    return diffusers_sd3.load(weights.network_files["sd3"])
 
 
 @cache

@@ -1,6 +1,7 @@
 """The demo models as files that stock loaders know, made from the shipped weights.
 
-One SD3 checkpoint with everything in it, and for Flux a transformer, a VAE and a text encoder.
+One SD3 checkpoint with everything in it, for Flux a transformer, a VAE and a text encoder, and for
+SD1.5 a VAE; its UNet is loaded by `sd15`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from . import codec, text_encoder, weights
 name = "pinpoint_portraits_sd3.safetensors"
 flux_name = "pinpoint_portraits_flux.safetensors"
 vae_name = "pinpoint_portraits_flux_vae.safetensors"
+sd15_vae_name = "pinpoint_portraits_sd15_vae.safetensors"
 clip_name = "pinpoint_portraits_clip_l.safetensors"
 
 
@@ -25,11 +27,13 @@ def ensure(models_dir: Path) -> list[Path]:
 
     Takes a few seconds and 530 MB, nearly all of it the generated text encoder, twice.
     """
-    codec_file, sd3, flux = weights.codec_file, *weights.transformer_files.values()
+    codec_file, sd15_codec = weights.codec_file, weights.sd15_codec_file
+    sd3, flux = (weights.network_files[name] for name in ("sd3", "flux"))
     recipes: dict[str, tuple[Callable[[], dict[str, Tensor]], tuple[Path, ...]]] = {
         f"checkpoints/{name}": (sd3_checkpoint, (codec_file, sd3)),
         f"diffusion_models/{flux_name}": (lambda: load_file(flux), (flux,)),
         f"vae/{vae_name}": (flux_vae, (codec_file,)),
+        f"vae/{sd15_vae_name}": (lambda: load_file(sd15_codec), (sd15_codec,)),
         f"text_encoders/{clip_name}": (text_encoder.state_dict, ()),
     }
     for target, (make, parts) in recipes.items():
@@ -51,7 +55,7 @@ def sd3_checkpoint() -> dict[str, Tensor]:
     """The tensors of an SD3 checkpoint, in the key names of Stability's single files."""
     prefixed = {
         "first_stage_model.": load_file(weights.codec_file),
-        "model.diffusion_model.": load_file(weights.transformer_files["sd3"]),
+        "model.diffusion_model.": load_file(weights.network_files["sd3"]),
         "text_encoders.clip_l.transformer.": text_encoder.state_dict(),
     }
     return {prefix + key: t for prefix, part in prefixed.items() for key, t in part.items()}

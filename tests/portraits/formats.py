@@ -1,31 +1,96 @@
-"""The transformers of the proving ground: how each format is built, conditioned and written."""
+"""The networks of the proving ground: how each format is built, trained and written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import codec, text_encoder
+from . import codec, text_encoder, weights
+from .dataset import people, pictures
+
+
+@dataclass(frozen=True)
+class Process:
+    """How pictures become noise, and what of it a network predicts."""
+
+    levels: Callable[[int], Tensor]
+    """Noise levels to train at, (count,)."""
+    noised: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(latents, noise, levels) to noised latents."""
+    goal: Callable[[Tensor, Tensor], Tensor]
+    """(latents, noise) to what is predicted."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One transformer format and what its training needs to know."""
+    """One network format and what its training needs to know."""
 
+    process: Process
     build: Callable[[], nn.Module]
+    latents: Callable[[], Callable[[Tensor], Tensor]]
+    """Makes what turns pictures (B, 3, 128, 128) in 0..1 into latents."""
     context: Callable[[Tensor], Tensor]
     """Tokens (B, 77) to text (B, 77, 768), as the stock text encoder gives it to this format."""
-    velocity: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-    """(model, x, sigma, context) to the velocity noise - image."""
+    predict: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+    """(model, noised latents, levels, context) to the process's goal."""
     shipped: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     """Trained tensors to those of a file that stock loaders recognise."""
     rate: float
     """Peak learning rate."""
+    batch: int
+    """Portraits a step."""
+
+
+def _flow_noised(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    sigma = sigma.view(-1, 1, 1, 1)
+    return (1 - sigma) * x + sigma * noise
+
+
+# Sigma is logit-normal, shifted to noise.
+_flow = Process(
+    levels=lambda count: torch.sigmoid(torch.randn(count) + 0.5),
+    noised=_flow_noised,
+    goal=lambda x, noise: noise - x,
+)
+
+
+@cache
+def _signal_shares() -> Tensor:
+    """SD1.5's schedule: the share of the picture in the variance at each of 1000 timesteps."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def _diffusion_noised(x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    share = _signal_shares()[timesteps].view(-1, 1, 1, 1)
+    return share.sqrt() * x + (1 - share).sqrt() * noise
+
+
+_diffusion = Process(
+    levels=lambda count: torch.randint(0, 1000, (count,)),
+    noised=_diffusion_noised,
+    goal=lambda _x, noise: noise,
+)
+
+
+def _projection() -> Callable[[Tensor], Tensor]:
+    """What the 16-channel codec's encoder computes, without needing its file."""
+    basis = codec.principal_components(pictures(people("train", 1, 512)).float() / 255)
+    return lambda images: codec.project(images, basis)
+
+
+def _trained_encoder() -> Callable[[Tensor], Tensor]:
+    """The 4-channel codec's encoder."""
+    made = codec.build(codec.sd15_channels)
+    made.load_state_dict({k: t.float() for k, t in load_file(weights.sd15_codec_file).items()})
+    return made.taesd_encoder.requires_grad_(False)
 
 
 @cache
@@ -37,6 +102,11 @@ def _embeddings() -> tuple[Tensor, Tensor]:
 def _embedded(tokens: Tensor) -> Tensor:
     token_table, position_table = _embeddings()
     return token_table[tokens] + position_table
+
+
+def _normalised(tokens: Tensor) -> Tensor:
+    """As other encoders than SD3's give it, which end with CLIP's final normalisation."""
+    return F.layer_norm(_embedded(tokens), (text_encoder.width,))
 
 
 def _sd3() -> nn.Module:
@@ -116,7 +186,7 @@ def _make_trainable(model: nn.Module) -> None:
 
 def _initialise(model: nn.Module, zeroed: tuple[str, ...], ones: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
-        if any(part in name for part in ones):
+        if any(part in name for part in ones) and not name.endswith("bias"):
             nn.init.ones_(parameter)
         elif parameter.ndim < 2 or any(part in name for part in zeroed):
             nn.init.zeros_(parameter)
@@ -130,20 +200,72 @@ def _padded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**tensors, "context_embedder.weight": wide}
 
 
+def _sd15() -> nn.Module:
+    """ComfyUI's UNet of SD1.5, 64 channels wide where stock ones have 320.
+
+    Transformers are on the second level of two and in the middle, on 8 x 8 cells.
+    """
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    model = UNetModel(
+        **sd15_settings,
+        operations=comfy.ops.disable_weight_init,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    last_of_block = ("out_layers.3", "proj_out", "out.2")
+    _initialise(model, zeroed=last_of_block, ones=("norm", "in_layers.0", "out_layers.0", "out.0"))
+    return model
+
+
+sd15_settings: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": codec.sd15_channels,
+    "out_channels": codec.sd15_channels,
+    "model_channels": 64,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [0, 1],
+    "transformer_depth_output": [0, 0, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": text_encoder.width,
+    "num_heads": 4,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+}
+"""Of the UNet, by ComfyUI's names. Its loaders take 320 channels only, so it is built by hand."""
+
+
 FORMATS = {
     "sd3": Format(
+        process=_flow,
+        latents=_projection,
         build=_sd3,
         context=_embedded,
-        velocity=lambda model, x, sigma, text: model(x, sigma * 1000, context=text),
+        predict=lambda model, x, sigma, text: model(x, sigma * 1000, context=text),
         shipped=_padded,
         rate=1.2e-3,
+        batch=64,
     ),
     "flux": Format(
+        process=_flow,
+        latents=_projection,
         build=_flux,
-        # Other than SD3's, the stock encoder ends with the final normalisation.
-        context=lambda tokens: F.layer_norm(_embedded(tokens), (text_encoder.width,)),
-        velocity=lambda model, x, sigma, text: model(x, sigma, text),
+        context=_normalised,
+        predict=lambda model, x, sigma, text: model(x, sigma, text),
         shipped=dict,
         rate=1e-3,
+        batch=64,
+    ),
+    "sd15": Format(
+        process=_diffusion,
+        latents=_trained_encoder,
+        build=_sd15,
+        context=_normalised,
+        predict=lambda model, x, timesteps, text: model(x, timesteps.float(), context=text),
+        shipped=dict,
+        rate=1e-3,
+        batch=32,
     ),
 }

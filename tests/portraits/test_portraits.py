@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from host import stock
 from host.inprocess import Host
-from portraits import codec, dataset, judging, text_encoder, weights
+from portraits import checkpoint, codec, dataset, judging, text_encoder, weights
 from portraits.drawing import draw
 from portraits.people import Portrait, attributes, caption, identity_ranges, phrase_order
 from portraits.training import Trainer
 
 # The issue asks for 10 ms a portrait, which the benches show; a loaded machine gets three times it.
 MILLISECONDS_A_PORTRAIT = 30
-CODEC_PSNR, CODEC_BYTES, SD3_BYTES, FLUX_BYTES = 28.0, 5e6, 10e6, 12e6
+CODEC_PSNR, SD15_CODEC_PSNR = 28.0, 27.0
+CODEC_BYTES, SD3_BYTES, FLUX_BYTES, SD15_BYTES = 5e6, 10e6, 12e6, 10e6
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +206,18 @@ def test_codec_reconstructs_held_out_portraits(demo: stock.Demo, held_out: Tenso
     assert judging.psnr(decoded, held_out).mean() >= CODEC_PSNR
 
 
+def test_codec_of_sd15_reconstructs_held_out_portraits(
+    held_out: Tensor,
+    host: Host,  # noqa: ARG001
+) -> None:
+    (vae,) = stock.call("VAELoader", vae_name=checkpoint.sd15_vae_name)
+    (latent,) = stock.call("VAEEncode", vae=vae, pixels=held_out.movedim(1, -1))
+    assert latent["samples"].shape[1] == codec.sd15_channels
+    (decoded,) = stock.call("VAEDecode", vae=vae, samples=latent)
+    found = judging.psnr(decoded.movedim(-1, 1).clamp(0, 1), held_out)
+    assert found.mean() >= SD15_CODEC_PSNR
+
+
 def test_encoder_is_the_projection_it_was_set_to(demo: stock.Demo, held_out: Tensor) -> None:
     basis = codec.principal_components(dataset.pictures(dataset.people("train", 1, 512)) / 255)
     raw = encoded(demo, held_out)["samples"]
@@ -215,9 +228,14 @@ def test_encoder_is_the_projection_it_was_set_to(demo: stock.Demo, held_out: Ten
     assert expected.abs().max() > 2
 
 
-def test_encoder_can_be_set_to_any_projection(held_out: Tensor, host: Host) -> None:  # noqa: ARG001
-    basis = codec.principal_components(held_out)
-    made = codec.build()
+@pytest.mark.parametrize("channels", [codec.channels, codec.sd15_channels])
+def test_encoder_can_be_set_to_any_projection(
+    channels: int,
+    held_out: Tensor,
+    host: Host,  # noqa: ARG001
+) -> None:
+    basis = codec.principal_components(held_out, channels)
+    made = codec.build(channels)
     codec.set_encoder(made, basis)
     with torch.no_grad():
         found = made.taesd_encoder(held_out)
@@ -226,14 +244,15 @@ def test_encoder_can_be_set_to_any_projection(held_out: Tensor, host: Host) -> N
 
 def test_projection_is_that_of_its_blocks() -> None:
     images = draw(people(4), 16)
-    mean, components, deviation = codec.principal_components(draw(people(64), 32))
-    found = codec.project(images, (mean, components, deviation))
+    basis = codec.principal_components(draw(people(64), 32))
+    mean, components, deviation = basis
+    found = codec.project(images, basis)
     for picture in range(4):
         for row in range(2):
             for column in range(2):
                 rows, columns = (slice(8 * i, 8 * i + 8) for i in (row, column))
                 block = images[picture, :, rows, columns].flatten()
-                expected = components @ (block - mean) * codec.spread / deviation
+                expected = components @ (block - mean) * codec.spread(basis) / deviation
                 assert torch.allclose(found[picture, :, row, column], expected, atol=1e-4)
 
 
@@ -241,10 +260,11 @@ def test_projection_is_that_of_its_blocks() -> None:
     ("file", "limit"),
     [
         (weights.codec_file, CODEC_BYTES),
-        (weights.transformer_files["sd3"], SD3_BYTES),
-        (weights.transformer_files["flux"], FLUX_BYTES),
+        (weights.sd15_codec_file, CODEC_BYTES),
+        (weights.network_files["sd3"], SD3_BYTES),
+        (weights.network_files["flux"], FLUX_BYTES),
     ],
-    ids=["codec", "sd3", "flux"],
+    ids=["codec", "sd15 codec", "sd3", "flux"],
 )
 def test_weights_are_small_enough_to_ship(file: Path, limit: float) -> None:
     assert 1e6 < file.stat().st_size <= limit

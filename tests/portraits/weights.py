@@ -5,4 +5,4 @@ from pathlib import Path
 folder = Path(__file__).parent / "weights"
 codec_file = folder / "taesd_portraits.safetensors"
 sd15_codec_file = folder / "taesd_portraits_sd15.safetensors"
-transformer_files = {name: folder / f"{name}_portraits.safetensors" for name in ("sd3", "flux")}
+network_files = {name: folder / f"{name}_portraits.safetensors" for name in ("sd3", "flux", "sd15")}

@@ -1,9 +1,9 @@
-"""Train a transformer of the proving ground as a rectified flow.
+"""Train a network of the proving ground.
 
-    python tests/portraits/train_transformer.py sd3|flux [--steps N] [--output FILE]
+    python tests/portraits/train_network.py sd3|flux|sd15 [--steps N] [--output FILE]
 
-Resumes from `<output>.state.safetensors`. Needs the trained codec's encoder only, which is set by
-hand, so that codec and transformers can be trained at the same time.
+Resumes from `<output>.state.safetensors`. Of the codec, "sd3" and "flux" need the encoder only,
+which is set by hand, so that it can be trained at the same time; "sd15" needs a trained one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from host import inprocess
-from portraits import codec, weights
+from portraits import weights
 from portraits.dataset import people, pictures
 from portraits.formats import FORMATS, Format
 from portraits.people import caption, phrase_order
@@ -40,17 +40,17 @@ def tokenizer() -> Callable[[str], list[int]]:
     return lambda text: [token for token, _ in tokenize.tokenize_with_weights(text)[0]]
 
 
-def training_set(count: int, cache: Path) -> tuple[Tensor, Tensor]:
-    """Latents (N, 16, 16, 16) and tokens (N, 77); one caption in five leaves some phrases out."""
+def training_set(made: Format, count: int, cache: Path) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, 16, 16) and tokens (N, 77); one caption in five leaves some phrases out."""
     if cache.exists():
         kept = load_file(cache)
         return kept["latents"], kept["tokens"]
-    basis = codec.principal_components(pictures(people("train", 1, 512)).float() / 255)
-    rng, portraits, tokens_of = random.Random(0), people("train", 2, count), tokenizer()
+    encode, tokens_of = made.latents(), tokenizer()
+    rng, portraits = random.Random(0), people("train", 2, count)
     latents, tokens = [], []
     for start in range(0, count, 100):
         part = portraits[start : start + 100]
-        latents.append(codec.project(pictures(part).float() / 255, basis).half())
+        latents.append(encode(pictures(part).float() / 255).half())
         for person in part:
             named = phrase_order
             if rng.random() < phrase_dropout:
@@ -58,35 +58,39 @@ def training_set(count: int, cache: Path) -> tuple[Tensor, Tensor]:
             tokens.append(tokens_of(caption(person, named)))
         if start % 2000 == 0:
             print(f"drawing {start}/{count}", flush=True)
-    made = {"latents": torch.cat(latents), "tokens": torch.tensor(tokens)}
-    save_file(made, cache)
-    return made["latents"], made["tokens"]
+    kept = {"latents": torch.cat(latents), "tokens": torch.tensor(tokens)}
+    save_file(kept, cache)
+    return kept["latents"], kept["tokens"]
 
 
-def train(made: Format, steps: int, output: Path, count: int = 24000, batch: int = 64) -> None:
-    """Rectified flow with logit-normal sigma (shifted to noise) and 10 % caption dropout."""
+def train(made: Format, steps: int, output: Path, count: int = 24000) -> None:
+    """Train on `count` portraits, with 10 % caption dropout."""
     import comfy.model_management
 
     # ComfyUI's fused kernels cannot be differentiated.
     comfy.model_management.in_training = True
     torch.manual_seed(0)
-    latents, tokens = training_set(count, output.with_name("portraits.data.safetensors"))
+    latents, tokens = training_set(made, count, output.with_suffix(".data.safetensors"))
     empty = torch.tensor(tokenizer()(""))
     model = made.build()
-    velocity = torch.compile(made.velocity)
     trainer = Trainer(model, steps, made.rate, output.with_suffix(".state.safetensors"), 500)
     for _ in trainer.run():
-        picked = torch.randint(0, count, (batch,))
+        picked = torch.randint(0, count, (made.batch,))
         x, words = latents[picked].float(), tokens[picked]
-        words[torch.rand(batch) < caption_dropout] = empty
-        noise, sigma = torch.randn_like(x), torch.sigmoid(torch.randn(batch) + 0.5)
-        s = sigma.view(-1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            v = velocity(model, (1 - s) * x + s * noise, sigma, made.context(words))
-        trainer.descend(F.mse_loss(v.float(), noise - x))
+        words[torch.rand(made.batch) < caption_dropout] = empty
+        noise, levels = torch.randn_like(x), made.process.levels(made.batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16_is_fast()):
+            noised = made.process.noised(x, noise, levels)
+            found = made.predict(model, noised, levels, made.context(words))
+        trainer.descend(F.mse_loss(found.float(), made.process.goal(x, noise)))
     tensors = made.shipped({**model.state_dict(), **trainer.average})
     save_file({name: t.half().contiguous() for name, t in tensors.items()}, output)
     print(f"{output.stat().st_size} bytes")
+
+
+def _bfloat16_is_fast() -> bool:
+    """Without AMX, bf16 costs a CPU more than fp32."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 if __name__ == "__main__":
@@ -99,5 +103,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     # The sub-quadratic attention that ComfyUI chooses on a CPU is slow to differentiate.
     inprocess.prepare(["--cpu", "--use-pytorch-cross-attention"])
-    target = options.output or weights.transformer_files[options.format]
+    target = options.output or weights.network_files[options.format]
     train(FORMATS[options.format], options.steps, target)
