@@ -28,6 +28,8 @@ GuidanceMode = Literal["auto", "cfg", "embedded"]
 
 pair_key = "pinpoint_pair"
 """In `model_options`: marks a call of the guider whose batch is [target rows, source rows]."""
+differing_key = "pinpoint_prompts_differ"
+"""In `transformer_options`: set on a model to which the same two prompts are not the same."""
 
 
 class SourceTargetGuider(comfy.samplers.CFGGuider):
@@ -60,7 +62,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         Raises:
             ValueError: not a flow model, or guidance other than 1 without a negative.
         """
-        families.require_flow(model)
+        self.require_model(model)
         takes_guidance = families.has_embedded_guidance(model)
         if mode == "embedded" and not takes_guidance:
             raise ValueError(
@@ -75,7 +77,9 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         else:
             self.source_cfg, self.target_cfg = source_guidance, target_guidance
             _require_negative(negative, source_guidance, target_guidance)
-        self.same_prompts = source_guidance == target_guidance and _equal(source, target)
+        treated_alike = differing_key not in model.model_options["transformer_options"]
+        same_guidance = source_guidance == target_guidance
+        self.same_prompts = treated_alike and same_guidance and _equal(source, target)
         self.set_cfg(self.target_cfg)
         conds = {"positive": target, "source_positive": source}
         if negative is not None:
@@ -84,6 +88,14 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
                 negative, {"prompt_type": "negative"}
             )
         self.inner_set_conds(conds)
+
+    def require_model(self, model: ModelPatcher) -> None:
+        """Refuse models that this guider cannot guide.
+
+        Raises:
+            ValueError: not a flow model.
+        """
+        families.require_flow(model)
 
     def sample(self, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As ComfyUI's, for a latent of the model's own space."""
@@ -147,12 +159,9 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         return torch.where(edited == unmoved, latent_image, edited)
 
     def _warn_of_unshared_values(self) -> None:
-        shares = values.sharing_key in self.model_options["transformer_options"]
-        if shares and not self._evaluated_source:
-            log.warning(
-                "Pinpoint: Inject Values has no trajectory and this sampler evaluates the target "
-                "prompt alone, so nothing was injected: use an Edit Sampler or connect a trajectory"
-            )
+        warning = self.model_options["transformer_options"].get(values.sharing_key)
+        if warning is not None and not self._evaluated_source:
+            log.warning(warning)
 
     def _source_keys(self) -> list[str]:
         keys = [key for key in self.conds if key.startswith("source_")]
@@ -210,20 +219,21 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             denoised = super().predict_noise(target, sigma, alone, seed)
             return torch.cat([denoised, denoised])
         branches = [
-            self._branch(self.conds, target, self.target_cfg, options),
-            self._branch(self.source_conds, source, self.source_cfg, options),
+            self._branch(self.conds, target, sigma, self.target_cfg, options),
+            self._branch(self.source_conds, source, sigma, self.source_cfg, options),
         ]
         options = _with_sources(options, branches[1].conds)
         predicted = _predict_together if self._can_share_a_call(options) else _predict_apart
         outputs = predicted(self.inner_model, branches, sigma, options)
+        # The target last: samplers with CFG++ keep what they saw last.
         guided = [
             _guide(self.inner_model, branch, output, sigma, options)
-            for branch, output in zip(branches, outputs, strict=True)
+            for branch, output in zip(branches[::-1], outputs[::-1], strict=True)
         ]
-        return torch.cat(guided)
+        return torch.cat(guided[::-1])
 
     def _branch(
-        self, conds: dict[str, list[dict]], x: Tensor, cfg: float, options: dict[str, Any]
+        self, conds: dict[str, list[dict]], x: Tensor, sigma: Tensor, cfg: float, options: Options
     ) -> Branch:
         unguided = math.isclose(cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
         negative = None if unguided else conds.get("negative")

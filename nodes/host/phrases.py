@@ -88,6 +88,12 @@ def changed_phrases(
     return removed, added
 
 
+def mentioned(prompt: str, phrases: Iterable[str]) -> list[str]:
+    """Those of some phrases that a prompt has, found as `encode_with_positions` finds them."""
+    atoms = _atoms(_plain(prompt))
+    return [phrase for phrase in phrases if _found(atoms, phrase)]
+
+
 def encode_with_positions(
     clip: CLIP, text: str, phrases: Iterable[str], name: str, phrases_name: str = "phrases"
 ) -> EncodedPrompt:
@@ -110,11 +116,7 @@ def encode_with_positions(
         raise ValueError(f"{name} is empty: describe the picture in words")
     encoders.rows_of(clip.cond_stage_model)
     atoms = _atoms(_plain(text))
-    found = {
-        # Phrases may have been copied with their weights.
-        phrase: _occurrences(atoms, _atoms(phrase)) or _occurrences(atoms, _atoms(_plain(phrase)))
-        for phrase in phrases
-    }
+    found = {phrase: _found(atoms, phrase) for phrase in phrases}
     for phrase, occurrences in found.items():
         if not occurrences:
             prompt = textwrap.shorten(text, 300, placeholder=" ...")
@@ -181,6 +183,11 @@ def _occurrences(atoms: list[_Atom], sought: list[_Atom]) -> list[int]:
         if same and not any(_is_cut(atoms[at - 1], atoms[at]) for at in inner):
             found += range(start, stop)
     return found
+
+
+def _found(atoms: list[_Atom], phrase: str) -> list[int]:
+    """Where a prompt has a phrase, which may have been copied with its weights."""
+    return _occurrences(atoms, _atoms(phrase)) or _occurrences(atoms, _atoms(_plain(phrase)))
 
 
 def _words(text: str) -> list[_Atom]:

@@ -90,15 +90,22 @@ Handler = Callable[[Attention, Proceed], Tensor]
 """Gets an attention and what runs it; returns the result, (B, tokens, heads * width)."""
 
 
-def tapped(model: ModelPatcher, handler: Handler) -> ModelPatcher:
+def tapped(model: ModelPatcher, handler: Handler, *, innermost: bool = False) -> ModelPatcher:
     """A clone of a model whose attention goes through a handler; the newest handler is outermost.
+
+    Args:
+        innermost: put this one inside of all others instead, where it sees what they leave.
 
     Raises:
         ValueError: a family whose attention is not known.
     """
     tap = _Tap(handler, layout_of(model), model.model.diffusion_model)
     clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, wrapper_key, tap)
+    others = clone.get_wrappers(WrappersMP.APPLY_MODEL, wrapper_key) if innermost else []
+    if others:
+        clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, wrapper_key)
+    for each in (tap, *others):
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, wrapper_key, each)
     return clone
 
 

@@ -29,9 +29,10 @@ recording_key = "pinpoint_recording"
 recorder_key = "pinpoint_recorder"
 """In `transformer_options`: the settings of a model that records."""
 sharing_key = "pinpoint_shares_values"
-"""In `transformer_options`: set on a model whose target takes values from the source's branch."""
+"""In `transformer_options`: set on a model whose target takes attention from the source's branch,
+to the warning for samplers that do not evaluate it."""
 shared_key = "pinpoint_shared_values"
-"""In `transformer_options`: a step's source values, for targets that run in a later call."""
+"""In `transformer_options`: a step's source attention, for targets that run in a later call."""
 
 
 @dataclass(frozen=True)
@@ -274,10 +275,10 @@ def _blend(values: Tensor, recorded: Tensor, weight: Tensor, place: Place, text:
 
 
 class SharedValues:
-    """Source values of one step, kept until the target's branch has seen them."""
+    """The source's attention of one step, kept until the target's branch has seen it."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple, Tensor] = {}
+        self.kept: dict[tuple, Any] = {}
 
 
 def sharing_model(model: ModelPatcher, settings: InjectSettings) -> ModelPatcher:
@@ -300,7 +301,10 @@ def sharing_model(model: ModelPatcher, settings: InjectSettings) -> ModelPatcher
         return _exchanged(attention, weight, shared)
 
     clone = tap.tapped(model, tap.changing(change))
-    clone.model_options["transformer_options"][sharing_key] = True
+    clone.model_options["transformer_options"][sharing_key] = (
+        "Pinpoint: Inject Values has no trajectory and this sampler evaluates the target prompt "
+        "alone, so nothing was injected: use an Edit Sampler or connect a trajectory"
+    )
     return clone
 
 
