@@ -4,12 +4,18 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .nodes import all_nodes
+from .nodes.host import identity_files
 
 WEB_DIRECTORY = "./web"
 
 
 class PinpointExtension(ComfyExtension):
     """What ComfyUI asks about the pack."""
+
+    @override
+    async def on_load(self) -> None:
+        """Make the pack's model folders known."""
+        identity_files.register_folder()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -1,9 +1,27 @@
 """The nodes of the pack, in the order in which the menu lists them."""
 
-from . import attention, composite, inversion, localization, velocity
+from . import (
+    attention,
+    composite,
+    identity,
+    inversion,
+    localization,
+    null_text,
+    prompt_to_prompt,
+    velocity,
+)
 
 all_nodes = [
     node
-    for module in (localization, composite, velocity, inversion, attention)
+    for module in (
+        localization,
+        composite,
+        velocity,
+        inversion,
+        null_text,
+        attention,
+        identity,
+        prompt_to_prompt,
+    )
     for node in module.nodes
 ]

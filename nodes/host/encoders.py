@@ -91,12 +91,17 @@ def token_rows(clip: CLIP, tokens: dict[str, Any], length: int) -> dict[str, ran
 
 def part(owner: Any, key: str) -> Any:
     """A tokenizer or text encoder by its tokens' key: "l" is called clip_l, "t5xxl" just so."""
-    return getattr(owner, f"clip_{key}", None) or getattr(owner, key)
+    return getattr(owner, f"clip_{key}", None) or getattr(owner, key, None)
+
+
+def width(clip: CLIP, key: str) -> int | None:
+    """How wide the vectors are that a text encoder takes, None if it is not loaded."""
+    encoder = part(clip.cond_stage_model, key)
+    if encoder is None:
+        return None
+    return encoder.transformer.get_input_embeddings().weight.shape[-1]
 
 
 def fits(clip: CLIP, key: str, token: Any) -> bool:
     """Whether a token is no vector, or one of the width that its text encoder takes."""
-    if not torch.is_tensor(token):
-        return True
-    network = part(clip.cond_stage_model, key).transformer
-    return token.shape[-1] == network.get_input_embeddings().weight.shape[-1]
+    return not torch.is_tensor(token) or token.shape[-1] == width(clip, key)

@@ -33,6 +33,18 @@ class Identity:
     lora: dict[str, Tensor] = field(default_factory=dict)
     recipe: dict[str, str] = field(default_factory=dict)
 
+    def about(self) -> str:
+        """What it is, for people, in lines."""
+        learned = ", ".join(f"{len(v)} in {key}" for key, v in self.vectors.items()) or "none"
+        changed = sum("lora_up" in key for key in self.lora)
+        return "\n".join(
+            [
+                f"<{self.name}>, a {self.class_word}, for {self.family}",
+                f"vectors of its word: {learned}; changed weights: {changed}",
+                *(f"{key}: {value}" for key, value in self.recipe.items()),
+            ]
+        )
+
 
 def require_name(name: str, input_name: str = "name") -> str:
     """A name that can stand in a prompt, without spaces and angle brackets around it.

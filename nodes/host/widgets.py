@@ -8,6 +8,8 @@ from .inversion import SOLVERS
 
 Trajectory = io.Custom("PINPOINT_TRAJECTORY")
 """An inverted picture with every step of its way, and recorded values if there are any."""
+Identity = io.Custom("PINPOINT_IDENTITY")
+"""A learned word, and a low-rank change of the model."""
 
 
 def method() -> io.Combo.Input:

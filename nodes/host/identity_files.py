@@ -1,0 +1,232 @@
+"""Identities as files: one safetensors file each in models/identities, written whole or not at all.
+
+Tensors are `vectors.<key of CLIP.tokenize>` and the LoRA's, by their names; all else is metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import folder_paths
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .identity import Identity, require_name
+
+folder = "identities"
+"""Below models."""
+suffix = ".safetensors"
+_format, _version = "pinpoint_identity", 1
+_lora_key = re.compile(r"(diffusion_model\.[\w.]+)\.(lora_up\.weight|lora_down\.weight|alpha)")
+_file_name = re.compile(r"[\w+-][\w .+-]*(/[\w+-][\w .+-]*)*")
+_embedding_keys = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
+"""Where ComfyUI calls vectors otherwise than their tokens."""
+
+
+def register_folder() -> None:
+    """Make models/identities known to ComfyUI."""
+    folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
+
+
+def names() -> list[str]:
+    """The files of models/identities, with their folders."""
+    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(suffix)]
+
+
+def save(
+    identity: Identity,
+    file_name: str,
+    *,
+    embedding: bool = False,
+    lora: bool = False,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write an identity, and on request its parts for ComfyUI's own nodes.
+
+    Args:
+        file_name: within models/identities, with or without .safetensors; empty for the name.
+        embedding: write its word to models/embeddings too.
+        lora: write its change of the model to models/loras too.
+        overwrite: replace files that are there.
+
+    Returns:
+        The files, the identity's first.
+
+    Raises:
+        ValueError: a name that leads elsewhere, a file that is there, a part that the identity has
+            not, or a file that cannot be written.
+    """
+    file_name = file_name.strip().removesuffix(suffix) or identity.name
+    paths = [_path(folder, file_name)]
+    contents = [_content(identity)]
+    if embedding:
+        if not identity.vectors:
+            raise ValueError("embedding is on, but the identity has no learned word: turn it off")
+        paths.append(_path("embeddings", file_name))
+        named = {_embedding_keys.get(key, key): v for key, v in identity.vectors.items()}
+        contents.append((named, {}))
+    if lora:
+        if not identity.lora:
+            raise ValueError(
+                "lora is on, but the identity changes no weights of the model: turn it off"
+            )
+        paths.append(_path("loras", file_name))
+        contents.append((identity.lora, {}))
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ValueError(
+                f"file_name is {file_name}, and {path} exists: choose another name, or turn on "
+                "overwrite"
+            )
+    for path, content in zip(paths, contents, strict=True):
+        write(path, *content)
+    return paths
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; what was there stays until the new one is whole.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Wires carry tensors that share memory, which the format does not allow.
+        save_file({name: t.clone().contiguous() for name, t in tensors.items()}, part, metadata)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be written ({error}): free space on the disk, or check who may write "
+            "there"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_partial(identity: Identity) -> Path:
+    """Write an identity whose learning was stopped, in place of an earlier one.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    path = _path(folder, f"{identity.name}.partial")
+    write(path, *_content(identity))
+    return path
+
+
+def _content(identity: Identity) -> tuple[dict[str, Tensor], dict[str, str]]:
+    vectors = {f"vectors.{key}": tensor for key, tensor in identity.vectors.items()}
+    metadata = {
+        "format": _format,
+        "format_version": str(_version),
+        "name": identity.name,
+        "class_word": identity.class_word,
+        "family": identity.family,
+        "recipe": json.dumps(identity.recipe),
+    }
+    return {**vectors, **identity.lora}, metadata
+
+
+def _path(kind: str, file_name: str) -> Path:
+    """A file in the first of ComfyUI's folders of a kind.
+
+    Raises:
+        ValueError: a name that leads out of it.
+    """
+    root = Path(folder_paths.get_folder_paths(kind)[0]).resolve()
+    path = (root / f"{file_name}{suffix}").resolve()
+    if not _file_name.fullmatch(file_name) or not path.is_relative_to(root):
+        raise ValueError(
+            f"file_name is '{file_name}': write a name such as ann or people/ann, which lies in "
+            f"{root}"
+        )
+    return path
+
+
+def load(file_name: str) -> Identity:
+    """Read an identity.
+
+    Args:
+        file_name: one of `names`.
+
+    Raises:
+        ValueError: the file is not there, not whole, no identity, or one of a newer Pinpoint.
+    """
+    path = path_of(file_name)
+    try:
+        # Learning goes on from tensors that are not bound to inference.
+        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _require_format(metadata, file_name)
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"identity {file_name} cannot be read ({error}): the file is damaged or no safetensors "
+            "file; save or download it again"
+        ) from error
+    return _identity(metadata, tensors, file_name)
+
+
+def path_of(file_name: str) -> Path:
+    """The file of one of `names`.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = folder_paths.get_full_path(folder, file_name)
+    if path is None:
+        raise ValueError(
+            f"identity is {file_name}, which is not in models/{folder}: choose another, or save it "
+            "again with Save Identity"
+        )
+    return Path(path)
+
+
+def _require_format(metadata: dict[str, str], file_name: str) -> None:
+    if metadata.get("format") != _format:
+        raise ValueError(
+            f"identity {file_name} was not written by Save Identity: load embeddings and LoRAs "
+            "with ComfyUI's own nodes"
+        )
+    if metadata.get("format_version") != str(_version):
+        raise ValueError(
+            f"identity {file_name} has format {metadata.get('format_version')}, this Pinpoint "
+            f"knows {_version}: update Pinpoint"
+        )
+
+
+def _identity(metadata: dict[str, str], tensors: dict[str, Tensor], file_name: str) -> Identity:
+    wrong = f"identity {file_name} is damaged: "
+    cure = "; save or download it again"
+    texts = [metadata.get(key) for key in ("name", "class_word", "family")]
+    if None in texts:
+        raise ValueError(f"{wrong}it does not say its name, class word and model family{cure}")
+    try:
+        recipe = json.loads(metadata.get("recipe", ""))
+    except ValueError:
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{wrong}its recipe cannot be read{cure}")
+    vectors, lora = {}, {}
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{wrong}{key} holds values that are not finite numbers{cure}")
+        if key.startswith("vectors.") and tensor.ndim == 2 and len(tensor):
+            vectors[key.removeprefix("vectors.")] = tensor.float()
+        elif _lora_key.fullmatch(key):
+            lora[key] = tensor
+        else:
+            raise ValueError(f"{wrong}it holds {key}, which is not a part of an identity{cure}")
+    for module in {key.rsplit(".lora", 1)[0].removesuffix(".alpha") for key in lora}:
+        up, down = (lora.get(f"{module}.lora_{side}.weight") for side in ("up", "down"))
+        if up is None or down is None or up.ndim < 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(f"{wrong}the change of {module} is not whole{cure}")
+    name = require_name(metadata["name"], f"name in {file_name}")
+    told = {str(key): str(value) for key, value in recipe.items()}
+    return Identity(name, metadata["class_word"], metadata["family"], vectors, lora, told)

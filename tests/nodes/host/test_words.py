@@ -1,0 +1,187 @@
+"""Learned words in prompts: their vectors where their names stand, all else as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from host import stock, tiny_clip
+from host.inprocess import Host
+
+WIDTH = tiny_clip.CONFIG["hidden_size"]
+
+
+def vectors(count: int, seed: int = 1, width: int = WIDTH) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def words(pack: ModuleType) -> ModuleType:
+    return pack.nodes.host.words
+
+
+@pytest.fixture
+def ann() -> Tensor:
+    return vectors(1)
+
+
+@pytest.fixture
+def clip(host: Host, words: ModuleType, ann: Tensor) -> Any:  # noqa: ARG001
+    """Knows <ann>, one vector, and <Bea-2>, two."""
+    known = {"ann": {"l": ann}, "Bea-2": {"l": vectors(2, 2)}}
+    return words.with_words(tiny_clip.clip(), known)
+
+
+def learned(tokens: dict[str, Any], key: str = "l") -> Iterator[tuple[int, Tensor, float]]:
+    """Place, vector and weight of the tokens that are vectors."""
+    entries = [entry for section in tokens[key] for entry in section]
+    for place, (token, weight, *_) in enumerate(entries):
+        if torch.is_tensor(token):
+            yield place, token, weight
+
+
+def test_a_prompt_without_a_word_is_encoded_as_before(clip: Any) -> None:
+    plain = tiny_clip.clip()
+    for text in ("a photo of a (red:1.3) hat", "", "a < b > c", "ann"):
+        assert clip.tokenize(text) == plain.tokenize(text)
+        ((cond, entries),) = stock.call("CLIPTextEncode", clip=clip, text=text)[0]
+        ((expected, others),) = stock.call("CLIPTextEncode", clip=plain, text=text)[0]
+        assert torch.equal(cond, expected)
+        assert entries.keys() == others.keys()
+
+
+def test_the_original_does_not_learn(words: ModuleType, clip: Any) -> None:
+    plain = tiny_clip.clip()
+    before = plain.tokenize("a photo of <ann>")
+    assert words.known_words(clip) == ["ann", "bea-2"]
+    assert words.known_words(plain) == []
+    assert not list(learned(before))
+    more = words.with_words(clip, {"cid": {"l": vectors(1, 3)}})
+    assert words.known_words(more) == ["ann", "bea-2", "cid"]
+    assert words.known_words(clip) == ["ann", "bea-2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "weight"),
+    [
+        ("<ann>", 1, 1.0),
+        ("<ANN> in a hat", 1, 1.0),
+        ("a photo of <ann>, smiling", 4, 1.0),
+        ("a photo of (<ann>:1.3) smiling", 4, 1.3),
+        ("a photo of ((<ann>)) smiling", 4, 1.1**2),
+        ("a photo of (a <ann> person:0.5)", 5, 0.5),
+        ("a photo(<ann>)", 3, 1.1),
+        ("young<ann>ish", 2, 1.0),
+        ("\\(<ann>\\)", 2, 1.0),
+        ("a 'river' by the window with <ann>", 9, 1.0),
+        ("a\n<ann>\nb", 2, 1.0),
+        ("<ann>'s hat", 1, 1.0),
+    ],
+)
+def test_a_word_stands_where_it_is_written(
+    clip: Any, ann: Tensor, text: str, place: int, weight: float
+) -> None:
+    ((found, vector, its_weight),) = learned(clip.tokenize(text))
+    assert (found, its_weight) == (place, pytest.approx(weight))
+    assert torch.equal(vector, ann[0])
+    assert [len(section) for section in clip.tokenize(text)["l"]] == [77]
+
+
+def test_other_words_are_the_tokens_that_they_are_without(clip: Any) -> None:
+    with_word = clip.tokenize("a (photo:1.2) of <ann> in a hat")["l"][0]
+    with_other = clip.tokenize("a (photo:1.2) of someone in a hat")["l"][0]
+    different = [i for i, pair in enumerate(zip(with_word, with_other, strict=True)) if i == 4]
+    assert different == [4]
+    assert with_word[:4] + with_word[5:] == with_other[:4] + with_other[5:]
+
+
+def test_several_words_and_the_same_one_again(clip: Any, ann: Tensor) -> None:
+    tokens = clip.tokenize("<ann> beside <bea-2> and again <ann><Bea-2>")
+    both = vectors(2, 2)
+    expected = [*ann, *both, *ann, *both]
+    found = list(learned(tokens))
+    assert [place for place, _, _ in found] == [1, 3, 4, 7, 8, 9]
+    assert all(torch.equal(v, e) for (_, v, _), e in zip(found, expected, strict=True))
+
+
+def test_word_ids_are_kept(clip: Any) -> None:
+    section = clip.tokenize("of <ann> (in:1.2) a hat", return_word_ids=True)["l"][0]
+    assert [word for _, _, word in section[:7]] == [0, 1, 1, 2, 3, 3, 0]
+
+
+def test_a_long_prompt_keeps_its_sections(words: ModuleType, clip: Any) -> None:
+    text = "a very long text " * 40 + "<ann> " + "and more of it " * 30
+    tokens = clip.tokenize(text)
+    assert {len(section) for section in tokens["l"]} == {77}
+    ((place, _, _),) = learned(tokens)
+    # Each section begins and ends with a token of its own.
+    assert place == 1 + 160 + 2 * (160 // 75)
+    ((cond, entries),) = clip.encode_from_tokens_scheduled(tokens)
+    assert entries[words.words_key] == {"ann": [place]}
+    assert cond.shape[1] == 77 * len(tokens["l"]) > 77 * 3
+
+
+def test_an_encoding_is_that_of_the_vectors_and_says_where_they_are(
+    words: ModuleType,
+) -> None:
+    """A vector out of the encoder's own table is the word that it belongs to."""
+    plain = tiny_clip.clip()
+    (number,) = {e[0] for e in plain.tokenize("cat")["l"][0]} - {49406, 49407}
+    table = plain.cond_stage_model.clip_l.transformer.get_input_embeddings().weight
+    cat = words.with_words(plain, {"felix": {"l": table[number : number + 1].clone()}})
+    for text in ("a {} on a mat", "a ({}:1.4) on a {} mat"):
+        ((cond, entries),) = stock.call(
+            "CLIPTextEncode", clip=cat, text=text.replace("{}", "<felix>")
+        )[0]
+        ((expected, _),) = stock.call("CLIPTextEncode", clip=plain, text=text.replace("{}", "cat"))[
+            0
+        ]
+        assert torch.equal(cond, expected)
+        rows = entries[words.words_key]["felix"]
+        assert rows == [2, 5][: text.count("{}")]
+
+
+def test_clones_and_stock_nodes_keep_the_words(words: ModuleType, clip: Any) -> None:
+    layer = stock.call("CLIPSetLastLayer", clip=clip, stop_at_clip_layer=-2)[0]
+    for kept in (clip.clone(), layer, layer.clone()):
+        ((_, entries),) = stock.call("CLIPTextEncode", clip=kept, text="a <ann>")[0]
+        assert entries[words.words_key] == {"ann": [2]}
+    assert layer.layer_idx == -2
+
+
+def test_an_unknown_name_stays_text_and_is_warned_of(
+    clip: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = tiny_clip.clip()
+    with caplog.at_level(logging.WARNING):
+        assert plain.tokenize("a <bob>") == clip.tokenize("a <bob>")
+        (place, _, _) = next(learned(clip.tokenize("<bob> with <ann>")))
+    assert place == 5
+    assert [r.message for r in caplog.records] == [
+        "Pinpoint: no identity of the name bob is applied: <bob> stays text"
+    ] * 2
+
+
+def test_gradients_reach_the_vectors(words: ModuleType) -> None:
+    import comfy.sd
+
+    parameter = torch.nn.Parameter(vectors(2, 5))
+    with torch.inference_mode(False), torch.enable_grad():
+        options = {"model_config": tiny_clip.CONFIG}
+        fresh = comfy.sd.load_text_encoder_state_dicts(
+            [tiny_clip._weights()], model_options=options
+        )
+        clip = words.with_words(fresh, {"ann": {"l": parameter}})
+        # ComfyUI's CLIP adds in place to what autograd keeps.
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+            tokens = clip.tokenize("a photo of <ann> here")
+            ((cond, _),) = clip.encode_from_tokens_scheduled(tokens)
+        cond.square().sum().backward()
+    assert parameter.grad is not None
+    assert (parameter.grad.abs().sum(1) > 0).all()
