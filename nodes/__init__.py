@@ -5,6 +5,7 @@ from . import (
     composite,
     identity,
     inversion,
+    learning,
     localization,
     null_text,
     prompt_to_prompt,
@@ -20,6 +21,7 @@ all_nodes = [
         inversion,
         null_text,
         attention,
+        learning,
         identity,
         prompt_to_prompt,
     )

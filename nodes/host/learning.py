@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import comfy.model_management
-import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import latent_preview
 import node_helpers
 import torch
-from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import WrappersMP
 from comfy.sd import CLIP
 from torch import Tensor
 from torch.autograd.graph import allow_mutation_on_saved_tensors
@@ -265,9 +264,20 @@ class Learner(comfy.samplers.Sampler):
     ) -> Tensor:
         conds = {"positive": comfy.sampler_helpers.convert_cond(self._conditioning(prompt))}
         conds = comfy.samplers.process_conds(self._model, x[:1], conds, x.device, x[:1])
+        options = self._confined(picture, prompt) if picture.mask is not None else self._options
         given = [conds["positive"]]
-        options = self._options
         return comfy.samplers.calc_cond_batch(self._model, given, x, sigma, options)[0]
+
+    def _confined(self, picture: Picture, prompt: word_learning.EncodedPrompt) -> dict[str, Any]:
+        """Options of a model call in which the word is seen inside the mask only."""
+        if not self.settings.confined:
+            return self._options
+        place = confining.Confinement(prompt.rows, prompt.conditioning[0][0].shape[1], picture.mask)
+        tapped = confining.confined_rows(self.trainee.model, place).wrappers
+        inner = self._options["transformer_options"]
+        kind = WrappersMP.APPLY_MODEL
+        wrappers = {**inner.get("wrappers", {}), kind: tapped[kind]}
+        return {**self._options, "transformer_options": {**inner, "wrappers": wrappers}}
 
     def _conditioning(self, prompt: word_learning.EncodedPrompt) -> list[Any]:
         if not families.has_embedded_guidance(self.trainee.model):

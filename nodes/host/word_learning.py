@@ -88,10 +88,12 @@ class EncodedPrompt:
 
     Attributes:
         conditioning: what the model is given, cut off from the text encoder.
+        rows: of the conditioning, the learned word's.
         features: (P, width) of the learned word, from the text encoder's output.
     """
 
     conditioning: Conditioning
+    rows: tuple[int, ...]
     features: Tensor
     _outputs: list[Tensor]
     _inputs: list[Tensor]
@@ -133,7 +135,7 @@ def encode(clip: CLIP, prompt: str, name: str) -> EncodedPrompt:
     if torch.is_tensor(given.get("pooled_output")):
         given["pooled_output"] = cut(given["pooled_output"])
     rows = words.rows_of_words(clip, tokens, cond.shape[1])[name.casefold()]
-    return EncodedPrompt([[cut(cond), given]], features(cond, rows), outputs, inputs)
+    return EncodedPrompt([[cut(cond), given]], tuple(rows), features(cond, rows), outputs, inputs)
 
 
 def features(cond: Tensor, rows: Sequence[int]) -> Tensor:

@@ -26,10 +26,21 @@ CONFIG = {
 @cache
 def clip() -> Any:
     """A CLIP as ComfyUI's loader makes it from a file of CLIP-L, but for its sizes."""
+    made = _made()
+    # As its loaders do, so that it can be loaded a second time.
+    made.patcher.cached_patcher_init = (_patcher, ())
+    return made
+
+
+def _made() -> Any:
     import comfy.sd
 
     options = {"model_config": CONFIG}
     return comfy.sd.load_text_encoder_state_dicts([_weights()], model_options=options)
+
+
+def _patcher(disable_dynamic: bool = False) -> Any:  # noqa: ARG001
+    return _made().patcher
 
 
 def _weights() -> dict[str, Tensor]:

@@ -1,0 +1,265 @@
+"""The Learn Identity node's work: pictures to learn from, the learning, and what is shown of it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from dataclasses import dataclass, replace
+
+import comfy.model_management
+import comfy.sample
+import node_helpers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from . import applying, arguments, families, identity_files, training, word_learning
+from .identity import Identity
+from .learning import Learner, LearningSettings, Lesson, Picture
+
+log = logging.getLogger(__name__)
+
+smallest_side = 32
+"""Pixels; less leaves the model a handful of latent cells."""
+preview_steps, preview_guidance = 20, 4.0
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the node is given to learn from.
+
+    Attributes:
+        images: (B, H, W, 1, 3 or 4) in [0, 1], each of a size of its own.
+        masks: (B, H, W) in [0, 1]; none, one, or one for each picture.
+        prompts: one, or one for each picture.
+        resolution: pictures of more pixels than its square are scaled down.
+    """
+
+    images: list[Tensor]
+    masks: list[Tensor]
+    prompts: list[str]
+    resolution: int
+
+    def pictures(self, model: ModelPatcher, vae: VAE, name: str, class_word: str) -> list[Picture]:
+        """Encode the pictures.
+
+        Raises:
+            ValueError: pictures that are too small or not finite, masks or prompts that do not fit
+                them, a VAE of another model, or a prompt without the class word.
+        """
+        images = [row[None] for image in self.images for row in image]
+        found = [row[None] for mask in self.masks for row in mask]
+        areas = [None] * len(images) if not found else _each(found, len(images), "mask", "masks")
+        texts = _each(self.prompts, len(images), "prompt", "prompts")
+        prompts = [placed(text, name, class_word) for text in texts]
+        for area in found:
+            arguments.require_finite_mask(area)
+            if not (area > 0).any():
+                raise ValueError(
+                    "mask is empty, so the word could not be seen anywhere: paint the person, or "
+                    "disconnect it"
+                )
+        pictures = []
+        for image, area, prompt in zip(images, areas, prompts, strict=True):
+            latent = vae.encode(_scaled(_coloured(image), self.resolution))
+            samples = arguments.latent_samples(model, {"samples": latent})
+            pictures.append(Picture(samples, prompt, area))
+        return pictures
+
+
+def require_parts(clip: CLIP | None, vae: VAE | None) -> None:
+    """Refuse a checkpoint without a text encoder or a VAE.
+
+    Raises:
+        ValueError: for either.
+    """
+    if clip is None:
+        raise ValueError("clip is empty, as the checkpoint has no text encoder: use Load CLIP")
+    if vae is None:
+        raise ValueError("vae is empty, as the checkpoint has none: use Load VAE")
+
+
+def precision_for(model: ModelPatcher, chosen: torch.dtype | None) -> torch.dtype | None:
+    """In which a model is trained: as chosen, else bf16 where the device has it.
+
+    fp16, in which many models come, lets small gradients vanish.
+    """
+    device = model.load_device
+    if chosen is not None or comfy.model_management.is_device_cpu(device):
+        return chosen
+    has_bf16 = comfy.model_management.should_use_bf16(device)
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _each(given: list, count: int, one: str, several: str) -> list:
+    if len(given) not in (1, count):
+        raise ValueError(
+            f"{one} has {len(given)} {several} for {count} pictures: give one, or one for each"
+        )
+    return given * count if len(given) == 1 else given
+
+
+def placed(prompt: str, name: str, class_word: str) -> str:
+    """A prompt with the learned word in it: where it is written, or before the class word.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    written = re.search(f"<{re.escape(name)}>", prompt, re.IGNORECASE)
+    if written:
+        return prompt.replace(written[0], f"<{name}>")
+    found = re.search(rf"(?<!\w){re.escape(class_word)}(?!\w)", prompt, re.IGNORECASE)
+    if not class_word or not found:
+        raise ValueError(
+            f"prompt is '{prompt}', which has neither <{name}> nor the class_word '{class_word}': "
+            f"write for example 'photo of a <{name}> {class_word or 'person'}'"
+        )
+    return f"{prompt[: found.start()]}<{name}> {prompt[found.start() :]}"
+
+
+def _coloured(image: Tensor) -> Tensor:
+    """(1, H, W, 3): grey pictures in three channels, transparent ones on white."""
+    channels = image.shape[-1]
+    if channels not in (1, 3, 4):
+        raise ValueError(f"image has {channels} channels: connect an RGB, RGBA or grey picture")
+    height, width = image.shape[1:3]
+    if min(height, width) < smallest_side:
+        raise ValueError(
+            f"image is {width}x{height}: nothing can be learned from less than {smallest_side} "
+            "pixels on a side"
+        )
+    if not torch.isfinite(image).all():
+        raise ValueError("image holds values that are not finite: check where it comes from")
+    if channels == 4:
+        colour, alpha = image[..., :3], image[..., 3:]
+        return colour * alpha + (1 - alpha)
+    return image.expand(*image.shape[:3], 3)
+
+
+def _scaled(image: Tensor, resolution: int) -> Tensor:
+    height, width = image.shape[1:3]
+    factor = resolution / (height * width) ** 0.5
+    if factor >= 1:
+        return image
+    size = [max(smallest_side, round(side * factor / 8) * 8) for side in (height, width)]
+    return F.interpolate(image.movedim(-1, 1), size, mode="area").movedim(1, -1)
+
+
+def learn(
+    model: ModelPatcher, clip: CLIP, pictures: list[Picture], settings: LearningSettings
+) -> tuple[Identity, Lesson, str]:
+    """Learn an identity; returns it, how its learning went, and a report.
+
+    If it is interrupted, what has been learned so far is kept in models/identities.
+
+    Raises:
+        ValueError: see `training.in_training` and `Learner.run`.
+    """
+    started = time.perf_counter()
+    rank = settings.rank if settings.steps else 0
+    with training.in_training(model, rank, settings.seed, settings.precision) as trainee:
+        # What inference mode made can't be kept for gradients.
+        own = [
+            replace(p, latent=p.latent.clone(), mask=p.mask if p.mask is None else p.mask.clone())
+            for p in pictures
+        ]
+        learner = Learner(trainee, word_learning.trainable(clip), own, settings)
+        try:
+            learner.run()
+        except comfy.model_management.InterruptProcessingException:
+            _keep(learner)
+            raise
+        identity = learner.identity()
+    seconds = time.perf_counter() - started
+    return identity, learner.lesson, _report(identity, learner.lesson, settings, seconds)
+
+
+def _keep(learner: Learner) -> None:
+    if not learner.lesson.losses:
+        return
+    try:
+        path = identity_files.save_partial(learner.identity())
+    except ValueError as error:
+        log.warning(f"Pinpoint: what was learned until the interruption is lost: {error}")
+    else:
+        log.warning(
+            f"Pinpoint: learning was interrupted after {len(learner.lesson.losses)} steps; what "
+            f"was learned until then is in {path}"
+        )
+
+
+def _report(identity: Identity, lesson: Lesson, settings: LearningSettings, seconds: float) -> str:
+    ends = [lesson.losses[:20], lesson.losses[-20:]]
+    first, last = (sum(end) / max(1, len(end)) for end in ends)
+    vectors = sum(len(v) for v in identity.vectors.values())
+    changed = sum(key.endswith("lora_up.weight") for key in identity.lora)
+    lines = [
+        f"<{identity.name}> learned in {seconds:.0f} s, {len(lesson.losses)} steps",
+        f"loss {first:.4f} at the start, {last:.4f} at the end",
+        f"{vectors} vectors, {changed} changed layers of rank {settings.rank}",
+    ]
+    if lesson.cosines:
+        lines.append(f"mean |cos| to the attribute words {lesson.cosines[-1]:.3f}")
+    return "\n".join(lines)
+
+
+def preview(
+    model: ModelPatcher, clip: CLIP, vae: VAE, identity: Identity, picture: Picture, seed: int
+) -> Tensor:
+    """The picture's prompt, sampled from noise with the identity applied: (1, H, W, 3)."""
+    knowing, reading = applying.applied(model, clip, identity, 1.0, picture.mask)
+    conds = [
+        reading.encode_from_tokens_scheduled(reading.tokenize(text))
+        for text in (picture.prompt, "")
+    ]
+    guidance = preview_guidance
+    if families.has_embedded_guidance(model):
+        conds = [node_helpers.conditioning_set_values(c, {"guidance": guidance}) for c in conds]
+        guidance = 1.0
+    latent = torch.zeros_like(picture.latent)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    positive, negative = conds
+    samples = comfy.sample.sample(
+        knowing, noise, preview_steps, guidance, "euler", "simple", positive, negative, latent,
+        disable_pbar=True, seed=seed,
+    )  # fmt: skip
+    image = vae.decode(samples)
+    return image.reshape(-1, *image.shape[-3:])
+
+
+def curve(lesson: Lesson, settings: LearningSettings, size: tuple[int, int] = (600, 300)) -> Tensor:
+    """The losses as a picture, (1, H, W, 3): each step, their running mean, and the phases."""
+    width, height = size
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    values = np.array(lesson.losses)
+    top, margin = float(np.quantile(values, 0.99)) * 1.1 or 1.0, 24
+    count = max(1, len(values) - 1)
+
+    def points(series: np.ndarray, offset: int = 0) -> list[tuple[float, float]]:
+        return [
+            (
+                margin + (i + offset) / count * (width - 2 * margin),
+                height - margin - min(1.0, v / top) * (height - 2 * margin),
+            )
+            for i, v in enumerate(series)
+        ]
+
+    draw.rectangle([margin, margin, width - margin, height - margin], outline="#cccccc")
+    if 0 < settings.token_steps < len(values):
+        x = margin + settings.token_steps / count * (width - 2 * margin)
+        draw.line([x, margin, x, height - margin], fill="#cccccc")
+        draw.text((margin + 4, 6), "word", fill="#555555")
+        draw.text((x + 4, 6), "word and model", fill="#555555")
+    draw.line(points(values), fill="#b8c7e0")
+    window = min(25, len(values))
+    mean = np.convolve(values, np.ones(window) / window, "valid")
+    draw.line(points(mean, window - 1), fill="#2050a0", width=2)
+    draw.text((margin + 4, margin + 4), f"{top:.3f}", fill="#555555")
+    draw.text((margin + 4, height - margin - 14), "0", fill="#555555")
+    return torch.from_numpy(np.asarray(picture).astype(np.float32) / 255)[None]
