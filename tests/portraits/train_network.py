@@ -40,15 +40,15 @@ def tokenizer() -> Callable[[str], list[int]]:
     return lambda text: [token for token, _ in tokenize.tokenize_with_weights(text)[0]]
 
 
-def training_set(made: Format, count: int, cache: Path) -> tuple[Tensor, Tensor]:
+def training_set(made: Format, cache: Path) -> tuple[Tensor, Tensor]:
     """Latents (N, C, 16, 16) and tokens (N, 77); one caption in five leaves some phrases out."""
     if cache.exists():
         kept = load_file(cache)
         return kept["latents"], kept["tokens"]
     encode, tokens_of = made.latents(), tokenizer()
-    rng, portraits = random.Random(0), people("train", 2, count)
+    rng, portraits = random.Random(0), people("train", 2, made.portraits)
     latents, tokens = [], []
-    for start in range(0, count, 100):
+    for start in range(0, made.portraits, 100):
         part = portraits[start : start + 100]
         latents.append(encode(pictures(part).float() / 255).half())
         for person in part:
@@ -57,25 +57,25 @@ def training_set(made: Format, count: int, cache: Path) -> tuple[Tensor, Tensor]
                 named = [name for name in phrase_order if rng.random() < 0.6]
             tokens.append(tokens_of(caption(person, named)))
         if start % 2000 == 0:
-            print(f"drawing {start}/{count}", flush=True)
+            print(f"drawing {start}/{made.portraits}", flush=True)
     kept = {"latents": torch.cat(latents), "tokens": torch.tensor(tokens)}
     save_file(kept, cache)
     return kept["latents"], kept["tokens"]
 
 
-def train(made: Format, steps: int, output: Path, count: int = 24000) -> None:
-    """Train on `count` portraits, with 10 % caption dropout."""
+def train(made: Format, steps: int, output: Path) -> None:
+    """Train with 10 % caption dropout."""
     import comfy.model_management
 
     # ComfyUI's fused kernels cannot be differentiated.
     comfy.model_management.in_training = True
     torch.manual_seed(0)
-    latents, tokens = training_set(made, count, output.with_suffix(".data.safetensors"))
+    latents, tokens = training_set(made, output.with_suffix(".data.safetensors"))
     empty = torch.tensor(tokenizer()(""))
     model = made.build()
     trainer = Trainer(model, steps, made.rate, output.with_suffix(".state.safetensors"), 500)
     for _ in trainer.run():
-        picked = torch.randint(0, count, (made.batch,))
+        picked = torch.randint(0, made.portraits, (made.batch,))
         x, words = latents[picked].float(), tokens[picked]
         words[torch.rand(made.batch) < caption_dropout] = empty
         noise, levels = torch.randn_like(x), made.process.levels(made.batch)
