@@ -1,0 +1,153 @@
+"""Prompt-to-Prompt for tests: through the pack, and by whole attention maps of an own override."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import stock
+from .tapping import WORDS, Family
+
+Maps = dict[int, Tensor]
+"""Number of the attention in the model call -> (B, heads, queries, keys)."""
+
+
+@dataclass
+class WholeMaps:
+    """A model whose every attention is computed from a whole map, which `change` may replace."""
+
+    model: Any
+    change: Callable[[int, Tensor], Tensor] = lambda _number, maps: maps
+    seen: Maps = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.patched = self.model.clone()
+        options = self.patched.model_options["transformer_options"]
+        options["optimized_attention_override"] = self._attend
+        self.count = 0
+
+    def velocity(self, prompt: stock.Conditioning, x: Tensor, sigma: float) -> Tensor:
+        """The velocity of one prompt, with maps numbered from 0."""
+        self.count = 0
+        return stock.velocity(self.patched, prompt, None, 1.0, x, sigma)
+
+    def _attend(
+        self,
+        _attention: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **_kwargs: Any,
+    ) -> Tensor:
+        if not skip_reshape:
+            q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        maps = (scores if mask is None else scores + mask).softmax(-1)
+        maps = self.change(self.count, maps)
+        self.seen[self.count] = maps
+        self.count += 1
+        out = maps @ v
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Control:
+    """All settings of a control, for stand-ins of prompts."""
+
+    pack: ModuleType
+    family: Family
+    cross_until: float = 1.0
+    self_until: float = 1.0
+    grids: str = "all"
+    mapping: Tensor = field(default_factory=lambda: torch.eye(WORDS))
+    weight: Tensor = field(default_factory=lambda: torch.ones(WORDS))
+    blend: tuple[Tensor, Tensor] | None = None
+    threshold: float = 0.3
+    blocks: str = "all"
+
+    @property
+    def edit(self) -> Any:
+        """The edit of a map."""
+        return self.pack.kernels.prompt_to_prompt.MapEdit(self.mapping, self.weight)
+
+    def on(self, model: Any) -> Any:
+        """A model that is controlled."""
+        host = self.pack.nodes.host
+        prompts = host.prompt_pairs.Prompts([], [], self.edit, self.blend)
+        p2p = host.prompt_to_prompt
+        settings = p2p.ControlSettings(
+            host.layouts.chosen_blocks(model, self.blocks),
+            p2p.sigma_after(model, self.cross_until),
+            p2p.sigma_after(model, self.self_until),
+            self.grids,
+        )
+        return p2p.controlled(model, prompts, settings, p2p.BlendSettings(self.threshold))
+
+    def written_out(
+        self, model: Any, prompts: tuple[Any, Any], x: tuple[Tensor, Tensor], sigma: float
+    ) -> Tensor:
+        """The target's velocity by whole maps, those of the picture's own kept in all blocks."""
+        source = WholeMaps(model)
+        source.velocity(prompts[1], x[1], sigma)
+        kinds = [name.rsplit(" ", 1) for name in self.family.seen]
+        # Lumina's refiners come before its blocks.
+        before = len(source.seen) - len(kinds)
+
+        def change(number: int, maps: Tensor) -> Tensor:
+            if number < before:
+                return maps
+            block, kind = kinds[number - before]
+            theirs = source.seen[number]
+            if kind == "self":
+                return theirs if self.self_until else maps
+            if kind == "cross":
+                return self.edit(maps, theirs) if self.cross_until else maps
+            assert not self.self_until, "in joint attention queries are exchanged, not maps"
+            return self._joint(maps, theirs, self.family.image_of(block, kind))
+
+        return WholeMaps(model, change).velocity(prompts[0], x[0], sigma)
+
+    def _joint(self, maps: Tensor, source: Tensor, image: range) -> Tensor:
+        changed, words = maps.clone(), list(self.family.text)
+        # Only Flux.2 puts padding first.
+        side = "left" if self.family.words.start > self.family.text.start else "right"
+        edit = self.edit.padded(len(words), len(words), side)
+        rows = maps[:, :, image.start : image.stop]
+        edited = edit(rows[..., words], source[:, :, image.start : image.stop][..., words])
+        rest = rows.clone()
+        rest[..., words] = 0
+        rest = rest * (1 - edited.sum(-1, keepdim=True)) / rest.sum(-1, keepdim=True)
+        rest[..., words] = edited
+        changed[:, :, image.start : image.stop] = rest
+        return changed
+
+
+def pair_guider(
+    model: Any,
+    source: stock.Conditioning,
+    target: stock.Conditioning,
+    negative: stock.Conditioning | None = None,
+    source_guidance: float = 1.0,
+    target_guidance: float = 1.0,
+    trajectory: Any = None,
+) -> Any:
+    """A GUIDER from the Prompt-to-Prompt Guider node."""
+    optional = {"negative": negative, "trajectory": trajectory}
+    wired = {name: thing for name, thing in optional.items() if thing is not None}
+    guidances = dict(source_guidance=source_guidance, target_guidance=target_guidance)
+    return stock.call(
+        "PinpointPromptToPromptGuider",
+        **dict(model=model, source=source, target=target, guidance_mode="auto"),
+        **guidances,
+        **wired,
+    )[0]
