@@ -253,7 +253,7 @@ class AttentionMask(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "dilation",
-                    default=5,
+                    default=3,
                     min=0,
                     max=63,
                     tooltip=(
