@@ -96,6 +96,46 @@ def blended_values(values: Tensor, recorded: Tensor, weight: Tensor) -> Tensor:
     )
 
 
+def confining_bias(
+    inside: Tensor, first: int, columns: list[int], own: list[int], shape: tuple[int, int]
+) -> Tensor:
+    """What to add to scores so that some keys are seen inside a region of the picture only.
+
+    S²Edit's masked attention: weights of a place with mask value m are those of exp(score) m, so
+    they stay a softmax. Where the mask is 0 and for queries that are not of the picture the value
+    is half of the type's lowest: the weight is exactly 0, and no sum with a score overflows.
+
+    Args:
+        inside: (B, P) in [0, 1], the mask on the picture's tokens.
+        first: the picture's first query.
+        columns: the keys.
+        own: queries that see them wherever they are.
+        shape: numbers of queries and keys.
+
+    Returns:
+        (B, queries, keys), 0 but for the columns.
+    """
+    lowest = torch.finfo(inside.dtype).min / 2
+    column = inside.new_full((len(inside), shape[0]), lowest)
+    column[:, first : first + inside.shape[1]] = inside.float().log().clamp(min=lowest)
+    column[:, own] = 0
+    bias = inside.new_zeros(len(inside), *shape)
+    bias[:, :, columns] = column[..., None]
+    return bias
+
+
+def with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """An attention mask, of any form that ComfyUI takes, and a bias (B, 1, Q, K) together."""
+    if mask is None:
+        return bias
+    if mask.ndim < 4:
+        mask = mask.view(*[1] * (3 - mask.ndim), *mask.shape).unsqueeze(1)
+    lowest = torch.finfo(bias.dtype).min / 2
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, lowest)
+    return (bias + mask).clamp(min=lowest)
+
+
 def repeated(k: Tensor, heads: int) -> Tensor:
     """Keys or values with as many heads as the queries have."""
     return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], 1)
