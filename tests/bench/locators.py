@@ -13,18 +13,18 @@ from bench import edits
 from bench.edits import Case
 from bench.lab import Lab
 from portraits import dataset
+from portraits.judging import intersection_over_union
 
-token = 16
-"""Pixels along one of the demo models' image tokens."""
+token, cell = 16, 8
+"""Pixels along one of the demo models' image tokens, and along a cell of their latents."""
 least_share = 0.05
-"""A token belongs to the true mask when this much of it changes."""
+"""A token or cell belongs to a mask when the mask holds this much of it."""
 
 
-def on_tokens(mask: Tensor) -> Tensor:
-    """A pixel mask (B, H, W) on the grid of the model's image tokens, at the pixels' size."""
-    share = F.avg_pool2d(mask[:, None], token)
-    inside = (share >= least_share).float()
-    return F.interpolate(inside, mask.shape[1:], mode="nearest-exact")[:, 0]
+def overlap(mask: Tensor, truth: Tensor, side: int) -> Tensor:
+    """IoU (B,) of two pixel masks (B, H, W), both on a grid of squares of `side` pixels."""
+    a, b = ((F.avg_pool2d(m[:, None], side) >= least_share).float()[:, 0] for m in (mask, truth))
+    return intersection_over_union(a, b)
 
 
 def true_masks(_lab: Lab, _model: Any, case: Case) -> tuple[Tensor, None]:

@@ -3,8 +3,8 @@
     python tests/bench/sculptor.py --count 200 --seed 1 --json tests/bench/results/sculptor.json
 
 All rows run on the same weights, latents and prompts in one process. Rows that invert share steps
-and guidance; their remaining settings, the baselines' too, were chosen on another split
-(`tests/bench/sculptor_sweep.py`).
+and guidance; what else is set in them, the baselines' too, was chosen on another split
+(`tests/bench/sculptor_sweep.py`). FlowEdit and FocusFlow run as in `tests/bench/edits.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench import edits, locators
 from bench.edits import Case, Method
 from bench.lab import Lab, Row, arguments, report
 from bench.portrait_scores import identity_kept
-from portraits.judging import intersection_over_union, outside, psnr, ssim
+from portraits.judging import outside, psnr, ssim
 
 steps, guidance = 15, 2.0
 solver = "RF-Solver"
@@ -38,6 +38,7 @@ columns = [
     "psnr_inside",
     "psnr_whole",
     "mask_iou",
+    "mask_iou_cells",
     "model_calls",
     "seconds",
 ]
@@ -220,7 +221,8 @@ def scores(case: Case, edited: Tensor, mask: Tensor | None) -> dict[str, Tensor]
         "psnr_whole": psnr(edited, case.target),
     }
     if mask is not None:
-        figures["mask_iou"] = intersection_over_union(mask, locators.on_tokens(case.truth))
+        figures["mask_iou"] = locators.overlap(mask, case.truth, locators.token)
+        figures["mask_iou_cells"] = locators.overlap(mask, case.truth, locators.cell)
     return figures
 
 
@@ -285,10 +287,11 @@ def main() -> None:
         "identity's 14 parameters as fitted to the picture, in percent of their ranges (ID). PSNR "
         "in dB, each capped at 60, and SSIM; outside: beyond 8 px of the true mask, against the "
         "source as the codec decodes it, before compositing; inside and whole: against the true "
-        "edit. mask_iou: the located region, before it is grown for the edit, against the true one "
-        "on the 8 x 8 grid of image tokens "
-        f"(a token is in when {locators.least_share:.0%} of it changes). seconds: one edit in a "
-        f"batch of {edits.batch}, judging included. The last two rows bound what can be reached."
+        "edit. mask_iou: the located region, before it is grown for the edit, against the true "
+        "one, both on the 8 x 8 grid of image tokens; mask_iou_cells: on the 16 x 16 latent cells "
+        f"(a square is in when the mask holds {locators.least_share:.0%} of it); attention knows "
+        "tokens only. seconds: one edit in a batch, judging included. The reconstructions are of "
+        f"the first {edits.batch} cases. The last two rows bound what can be reached."
     )
     report(rows, columns, options.json, notes)
 

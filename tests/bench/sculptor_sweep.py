@@ -24,7 +24,7 @@ from bench import edits, locators, sculptor
 from bench.edits import Case
 from bench.lab import Lab, Row, arguments, report
 from bench.sculptor import Recipe
-from portraits.judging import intersection_over_union, outside, psnr
+from portraits.judging import outside, psnr
 
 columns = [
     "setting",
@@ -63,9 +63,10 @@ def locating(lab: Lab, cases: list[Case]) -> Iterator[Row]:
             heats = [locators.attention_heats(lab, lab.model, case, **settings) for case in cases]
             for threshold in (0.15, 0.2, 0.25, 0.3, 0.4):
                 scores = [
-                    intersection_over_union(
-                        locators.shaped_masks(lab, case, heat, threshold=threshold)[1],
-                        locators.on_tokens(case.truth),
+                    locators.overlap(
+                        locators.shaped_masks(lab, case, heat, threshold=threshold, dilation=0)[1],
+                        case.truth,
+                        locators.token,
                     )
                     for case, heat in zip(cases, heats, strict=True)
                 ]
