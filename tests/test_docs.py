@@ -24,6 +24,8 @@ NODES = (
     "PinpointFlowSolver",
     "PinpointInvert",
     "PinpointNoiseFromLatent",
+    "PinpointNullTextInversion",
+    "PinpointNullTextGuider",
     "PinpointRecordValues",
     "PinpointInjectValues",
     "PinpointStructureSampler",

@@ -92,7 +92,6 @@ class NullTextOptimisation(comfy.samplers.Sampler):
         embeddings: those that were found, on the CPU.
         latents: at each sigma, with guidance and these embeddings, on the CPU.
         updates: gradient steps that were taken.
-        losses: (B,) of each step, as it came out.
         memory: bytes that gradients needed at most.
     """
 
@@ -108,9 +107,8 @@ class NullTextOptimisation(comfy.samplers.Sampler):
         self.progress = progress
         self.embedding = torch.empty(0)
         self.embeddings: list[Tensor] = []
-        self.latents = recorded[:1]
+        self.latents: list[Tensor] = []
         self.updates = self.memory = 0
-        self.losses: list[Tensor] = []
 
     def sample(
         self,
@@ -124,7 +122,10 @@ class NullTextOptimisation(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         """ComfyUI's sampler interface."""
-        x = self.recorded[0].to(latent_image)
+        # As ComfyUI's samplers begin, so that they follow to the last bit.
+        first = (sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
+        x = model_wrap.inner_model.model_sampling.noise_scaling(*first)
+        self.latents = [x.cpu()]
         text = model_wrap.conds["negative"][0]["model_conds"][text_key].cond
         self.embedding = comfy.utils.repeat_to_batch_size(text.float(), len(x))
         schedule = sigmas.tolist()
@@ -140,7 +141,6 @@ class NullTextOptimisation(comfy.samplers.Sampler):
             x, denoised = step.taken(x, extra_args["model_options"])
             self.embeddings.append(self.embedding.cpu())
             self.latents.append(x.cpu())
-            self.losses.append(null_text.distances(x, target, following, step.deviation).cpu())
             self.progress(done + self.settings.inner_steps + 1, denoised, x)
         return x
 
@@ -282,12 +282,13 @@ class NullTextInversion:
         plain = comfy.samplers.CFGGuider(self.model)
         plain.set_conds(self.source, self.negative)
         inversion = DDIMInversion(lambda done, x0, x: preview(done - 1, x0, x, total))
-        self._sample(plain, inversion, latent, rising)
+        self._sample(plain, inversion, torch.zeros_like(latent), latent, rising)
 
         def progress(done: int, denoised: Tensor, x: Tensor) -> None:
             preview(steps + done - 1, denoised, x, total)
 
         falling, recorded = rising[::-1], inversion.latents[::-1]
+        noise = self._leading_noise(recorded, falling[0])
         optimisation = NullTextOptimisation(recorded, self.settings, progress)
         guider = NullTextGuider(
             gradients.differentiable(self.model),
@@ -296,11 +297,11 @@ class NullTextInversion:
             self.guidance,
             lambda _sigma: optimisation.embedding,
         )
-        self._sample(guider, optimisation, latent, falling)
+        self._sample(guider, optimisation, noise, latent, falling)
         trajectory = NullTextTrajectory(
             falling,
             torch.stack(recorded),
-            self._leading_noise(recorded, falling[0]),
+            noise,
             families.name(self.model),
             replayed=torch.stack(optimisation.latents),
             embeddings=torch.stack(optimisation.embeddings),
@@ -315,11 +316,12 @@ class NullTextInversion:
         self,
         guider: comfy.samplers.CFGGuider,
         sampler: comfy.samplers.Sampler,
+        noise: Tensor,
         latent: Tensor,
         schedule: list[float],
     ) -> None:
         guider.sample(
-            torch.zeros_like(latent),
+            noise,
             latent,
             sampler,
             torch.tensor(schedule),

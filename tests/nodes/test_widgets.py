@@ -28,21 +28,25 @@ NODES = (
     "PinpointFlowSolver",
     "PinpointInvert",
     "PinpointNoiseFromLatent",
+    "PinpointNullTextInversion",
+    "PinpointNullTextGuider",
     "PinpointRecordValues",
     "PinpointInjectValues",
     "PinpointStructureSampler",
     "PinpointStructureDetailEdit",
 )
+# Those that refuse flow models.
+NOISE_PREDICTION = ("PinpointNullTextInversion", "PinpointNullTextGuider")
 nodes = pytest.mark.parametrize("class_type", NODES)
 
 # Small enough to run, where a widget's default is made for real models.
-QUICK = {"steps": 4, "n_max": 3, "samples": 2}
+QUICK = {"steps": 4, "n_max": 3, "samples": 2, "inner_steps": 1}
 # What a person writes, and all of the two blocks that a tiny SD3 has.
 TEXTS = {"source_prompt": "a red hat", "target_prompt": "a blue hat", "blocks": "all"}
 
 
 @pytest.fixture
-def things(tiny_model: TinyModel) -> dict[str, Any]:
+def things(tiny_model: TinyModel, noise_things: dict[str, Any], class_type: str) -> dict[str, Any]:
     """Something for every wire, by the wire's type or the input's name."""
     picture, latent = torch.rand(1, 64, 64, 3), {"samples": picture_latent()}
     model, sigmas = tiny_model("sd3_bare"), torch.linspace(1, 0, 5)
@@ -71,6 +75,28 @@ def things(tiny_model: TinyModel) -> dict[str, Any]:
         "LATENT": latent,
         "IMAGE": picture,
         "MASK": torch.ones(1, 64, 64),
+        **(noise_things if class_type in NOISE_PREDICTION else {}),
+    }
+
+
+@pytest.fixture(scope="module")
+def noise_things(tiny_model: TinyModel) -> dict[str, Any]:
+    """What nodes get in place of `things` that work with models that predict noise."""
+    inputs = {
+        "model": tiny_model("sdxl"),
+        "source": stock.conditioning(1),
+        "negative": stock.conditioning(3),
+        "latent": {"samples": picture_latent(channels=4)},
+        "sigmas": torch.tensor([2.0, 0.7, 0.0]),
+    }
+    tuning = dict(guidance=7.5, inner_steps=1, learning_rate=0.01, early_stop=1.0)
+    trajectory = stock.call("PinpointNullTextInversion", **inputs, **tuning)[2]
+    return {
+        "MODEL": inputs["model"],
+        "SIGMAS": inputs["sigmas"],
+        "LATENT": inputs["latent"],
+        "PINPOINT_TRAJECTORY": trajectory,
+        "positive": inputs["source"],
     }
 
 
@@ -96,6 +122,9 @@ def graph_of(host: Host, class_type: str, things: dict[str, Any]) -> NodeGraph:
         _sample_with(graph, things, sampler=node)
     elif class_type == "PinpointSourceTargetGuider":
         _sample_with(graph, things, guider=node)
+    elif class_type == "PinpointNullTextGuider":
+        euler = graph.add("KSamplerSelect", sampler_name="euler")
+        _sample_with(graph, things, guider=node, sampler=euler)
     else:
         graph.keep(node)
     return graph
