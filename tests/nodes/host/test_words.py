@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from host import stock, tiny_clip
+from host import stock, text_encoders, tiny_clip
 from host.inprocess import Host
+from host.text_encoders import CLIPS, READABLE, Encoder
 
 WIDTH = tiny_clip.CONFIG["hidden_size"]
 
@@ -36,6 +37,12 @@ def clip(host: Host, words: ModuleType, ann: Tensor) -> Any:  # noqa: ARG001
     """Knows <ann>, one vector, and <Bea-2>, two."""
     known = {"ann": {"l": ann}, "Bea-2": {"l": vectors(2, 2)}}
     return words.with_words(tiny_clip.clip(), known)
+
+
+@pytest.fixture(scope="module")
+def encoder(host: Host) -> Iterator[Encoder]:  # noqa: ARG001
+    with text_encoders.encoders() as make:
+        yield make
 
 
 def learned(tokens: dict[str, Any], key: str = "l") -> Iterator[tuple[int, Tensor, float]]:
@@ -185,3 +192,75 @@ def test_gradients_reach_the_vectors(words: ModuleType) -> None:
         cond.square().sum().backward()
     assert parameter.grad is not None
     assert (parameter.grad.abs().sum(1) > 0).all()
+
+
+# In every text encoder. Flux.2's tokenizer of the tests has bytes only, and no words.
+
+
+def for_all(pack: ModuleType, clip: Any, count: int, seed: int) -> dict[str, Tensor]:
+    """Vectors for each loaded text encoder, of other numbers in each."""
+    width = pack.nodes.host.encoders.width
+    widths = {key: width(clip, key) for key in clip.tokenize("")}
+    loaded = {key: size for key, size in widths.items() if size is not None}
+    return {
+        key: vectors(count + i, seed, size) for i, (key, size) in enumerate(sorted(loaded.items()))
+    }
+
+
+@pytest.mark.parametrize("name", [n for n in CLIPS + READABLE if n != "flux2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a photo of <ann> in a hat",
+        "<ann>",
+        "(<ann>:1.3), <ann>'s hat\nand <bea>",
+        "a river, a window; <ann> " + "on the one hand, " * 30 + "(<ANN>) and <bea>.",
+    ],
+    ids=["one", "alone", "weights", "long"],
+)
+def test_marked_rows_are_those_that_change_with_the_vectors(
+    pack: ModuleType, words: ModuleType, encoder: Encoder, name: str, text: str
+) -> None:
+    clip = encoder(name)
+    rows, bea = [], for_all(pack, clip, 1, 50)
+    for seed in (1, 2):
+        knowing = words.with_words(clip, {"ann": for_all(pack, clip, 1, seed), "bea": bea})
+        ((cond, entries),) = stock.call("CLIPTextEncode", clip=knowing, text=text)[0]
+        rows.append((cond[0], entries[words.words_key]))
+    (first, marked), (second, again) = rows
+    assert marked == again
+    assert (first != second).any(-1).nonzero().flatten().tolist() == marked["ann"]
+    assert marked.keys() == {word for word in ("ann", "bea") if f"<{word}>" in text}
+
+
+def test_a_text_encoder_without_vectors_reads_the_prompt_without_the_word(
+    pack: ModuleType, words: ModuleType, encoder: Encoder
+) -> None:
+    clip = encoder("flux")
+    vectors_of = for_all(pack, clip, 1, 1)
+    only_t5 = words.with_words(clip, {"ann": {"t5xxl": vectors_of["t5xxl"]}})
+    # T5 begins with a token for the space before "a".
+    tokens, plain = only_t5.tokenize("a <ann> person"), clip.tokenize("a person")
+    assert tokens["l"] == plain["l"]
+    assert [place for place, _, _ in learned(tokens, "t5xxl")] == [2, 3]
+
+
+def test_a_prompt_that_no_stand_in_passes_is_refused(
+    pack: ModuleType, words: ModuleType, encoder: Encoder
+) -> None:
+    clip = encoder("flux2")
+    knowing = words.with_words(clip, {"Ann": for_all(pack, clip, 1, 1)})
+    with pytest.raises(ValueError, match="clip cannot place <ann>, because its tokenizer changes"):
+        knowing.tokenize("a photo of <Ann>")
+
+
+def test_words_of_attention_mask_are_found_beside_learned_ones(
+    pack: ModuleType, words: ModuleType, encoder: Encoder
+) -> None:
+    """And the learned ones by their names."""
+    clip = encoder("sdxl")
+    knowing = words.with_words(clip, {"ann": for_all(pack, clip, 2, 1)})
+    find = pack.nodes.host.phrases.encode_with_positions
+    positions = find(knowing, "a photo of <ann> in a red hat", ["red hat", "<ann>"], "t").positions
+    # Three vectors in CLIP-L, two in CLIP-G, side by side.
+    assert positions == {"<ann>": [4, 5, 6], "red hat": [8, 9, 10]}
