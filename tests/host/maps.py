@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -13,17 +14,22 @@ from torch import Tensor
 from . import stock
 from .tapping import WORDS, Family
 
-Maps = dict[int, Tensor]
-"""Number of the attention in the model call -> (B, heads, queries, keys)."""
-
 
 @dataclass
 class WholeMaps:
-    """A model whose every attention is computed from a whole map, which `change` may replace."""
+    """A model whose every attention is computed from a whole map.
+
+    Attributes:
+        change: what becomes of the numbered attention's map.
+        look: what becomes of its queries and keys, before that.
+        seen, looks: the maps, queries and keys of the last call.
+    """
 
     model: Any
     change: Callable[[int, Tensor], Tensor] = lambda _number, maps: maps
-    seen: Maps = field(default_factory=dict)
+    look: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = lambda _number, q, k: (q, k)
+    seen: dict[int, Tensor] = field(default_factory=dict)
+    looks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.patched = self.model.clone()
@@ -51,6 +57,8 @@ class WholeMaps:
         if not skip_reshape:
             q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        q, k = self.look(self.count, q, k)
+        self.looks[self.count] = q, k
         scores = q @ k.mT * q.shape[-1] ** -0.5
         maps = (scores if mask is None else scores + mask).softmax(-1)
         maps = self.change(self.count, maps)
@@ -94,9 +102,19 @@ class Control:
         return p2p.controlled(model, prompts, settings, p2p.BlendSettings(self.threshold))
 
     def written_out(
-        self, model: Any, prompts: tuple[Any, Any], x: tuple[Tensor, Tensor], sigma: float
+        self,
+        model: Any,
+        prompts: tuple[Any, Any],
+        x: tuple[Tensor, Tensor],
+        sigma: float,
+        words: tuple[int, int] = (WORDS, WORDS),
     ) -> Tensor:
-        """The target's velocity by whole maps, those of the picture's own kept in all blocks."""
+        """The target's velocity by whole maps, those of the picture's own kept on all grids.
+
+        Args:
+            prompts, x: the target's and the source's.
+            words: how many tokens source and target have.
+        """
         source = WholeMaps(model)
         source.velocity(prompts[1], x[1], sigma)
         kinds = [name.rsplit(" ", 1) for name in self.family.seen]
@@ -108,28 +126,57 @@ class Control:
                 return maps
             block, kind = kinds[number - before]
             theirs = source.seen[number]
+            if not block.startswith(self.blocks.replace("all", "")):
+                return maps
             if kind == "self":
                 return theirs if self.self_until else maps
             if kind == "cross":
                 return self.edit(maps, theirs) if self.cross_until else maps
             assert not self.self_until, "in joint attention queries are exchanged, not maps"
-            return self._joint(maps, theirs, self.family.image_of(block, kind))
+            return self._joint(maps, theirs, words)
 
         return WholeMaps(model, change).velocity(prompts[0], x[0], sigma)
 
-    def _joint(self, maps: Tensor, source: Tensor, image: range) -> Tensor:
-        changed, words = maps.clone(), list(self.family.text)
-        # Only Flux.2 puts padding first.
-        side = "left" if self.family.words.start > self.family.text.start else "right"
-        edit = self.edit.padded(len(words), len(words), side)
-        rows = maps[:, :, image.start : image.stop]
-        edited = edit(rows[..., words], source[:, :, image.start : image.stop][..., words])
+    def _joint(self, maps: Tensor, source: Tensor, words: tuple[int, int]) -> Tensor:
+        first, padded = self.family.text.start, len(self.family.text) > WORDS
+        counts = (len(self.family.text),) * 2 if padded else words
+        edit = self.edit.padded(*counts, self._padding)
+        theirs, ours = (slice(first, first + count) for count in counts)
+        tokens = math.prod(self.family.grid)
+        # The picture comes next, and after it maybe padding that looks as it does.
+        image, shown = (slice(text.stop, text.stop + tokens) for text in (ours, theirs))
+        changed, rows = maps.clone(), maps[:, :, image]
+        edited = edit(rows[..., ours], source[:, :, shown, theirs])
         rest = rows.clone()
-        rest[..., words] = 0
-        rest = rest * (1 - edited.sum(-1, keepdim=True)) / rest.sum(-1, keepdim=True)
-        rest[..., words] = edited
-        changed[:, :, image.start : image.stop] = rest
+        rest[..., ours] = 0
+        rest = rest * (1 - edited.sum(-1, keepdim=True)).clamp(min=0) / rest.sum(-1, keepdim=True)
+        rest[..., ours] = edited
+        changed[:, :, image] = rest
         return changed
+
+    @property
+    def _padding(self) -> str:
+        """Only Flux.2 puts padding first."""
+        return "left" if self.family.words.start > self.family.text.start else "right"
+
+    def with_the_sources_looks(
+        self, model: Any, prompts: tuple[Any, Any], x: tuple[Tensor, Tensor], sigma: float
+    ) -> Tensor:
+        """The target's velocity where its picture has the source's queries and keys."""
+        source = WholeMaps(model)
+        source.velocity(prompts[1], x[1], sigma)
+        image = self.family.image_of("", "joint")
+
+        def look(number: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            span = slice(image.start, image.stop)
+            pairs = zip((q.clone(), k.clone()), source.looks[number], strict=True)
+            changed = []
+            for own, theirs in pairs:
+                own[:, :, span] = theirs[:, :, span]
+                changed.append(own)
+            return changed[0], changed[1]
+
+        return WholeMaps(model, look=look).velocity(prompts[0], x[0], sigma)
 
 
 def pair_guider(

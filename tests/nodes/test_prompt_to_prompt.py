@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
@@ -106,3 +105,193 @@ def test_control_can_be_off(pack: ModuleType, tiny_model: TinyModel, name: str) 
     torch.testing.assert_close(found, plain, rtol=0, atol=2e-4)
     same = asked(pack, model, family, x)
     assert torch.equal(found, same)
+
+
+@pytest.mark.parametrize("name", ["SD3", "Flux", "Qwen-Image"])
+def test_in_joint_attention_the_picture_has_the_sources_queries_and_keys(
+    pack: ModuleType, tiny_model: TinyModel, name: str
+) -> None:
+    family = FAMILIES[name]
+    model, x = tiny_model(family.model), (family.latent(2, 4), family.latent(2, 5))
+    control = Control(pack, family, cross_until=0.0)
+    found = asked(pack, control.on(model), family, x)
+    expected = control.with_the_sources_looks(model, prompts_of(family), x, SIGMA)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    plain = stock.velocity(model, prompts_of(family)[0], None, 1.0, x[0], SIGMA)
+    assert (found - plain).abs().max() > 1e-3
+
+
+# How calls are made
+
+
+@some
+def test_only_the_positive_prompt_is_controlled(
+    pack: ModuleType, tiny_model: TinyModel, name: str
+) -> None:
+    family = FAMILIES[name]
+    model, x = tiny_model(family.model), (family.latent(1, 4), family.latent(1, 5))
+    controlled = Control(pack, family, mapping=swap()).on(model)
+    negative = stock.with_values(family.prompt(3), guidance=1.0)
+    plain = asked(pack, controlled, family, x)
+    if name == "Flux":
+        pytest.skip("takes guidance as a number")
+    found = asked(pack, controlled, family, x, negative=negative, target_guidance=4.0)
+    unwanted = stock.velocity(model, negative, None, 1.0, x[0], SIGMA)
+    expected = unwanted + 4.0 * (plain - unwanted)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "room"), [("SD1.5", 0.5), ("SDXL", 2.5), ("SD3", 0.5), ("SD3", 2.5), ("Flux", 0.5)]
+)
+def test_calls_split_by_memory_give_the_same(
+    pack: ModuleType,
+    tiny_model: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    room: float,
+) -> None:
+    family = FAMILIES[name]
+    calls, x = Calls(tiny_model(family.model)), (family.latent(1, 4), family.latent(1, 5))
+    controlled = Control(pack, family, mapping=swap()).on(calls.model)
+    guidances = dict(negative=family.prompt(3), target_guidance=4.0)
+    whole, count = asked(pack, controlled, family, x, **guidances), len(calls.sigmas)
+    assert count == 1
+    needed = controlled.model.memory_required([1, *x[0].shape[1:]]) * 1.5
+    monkeypatch.setattr(type(controlled), "get_free_memory", lambda *_: needed * room)
+    apart = asked(pack, controlled, family, x, **guidances)
+    assert len(calls.sigmas) > 2
+    torch.testing.assert_close(apart, whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*UNETS, "SD3", "Flux", "Qwen-Image"])
+@pytest.mark.parametrize("words", [(WORDS, 20), (24, WORDS)], ids=["longer", "shorter"])
+def test_prompts_of_other_lengths(
+    pack: ModuleType, tiny_model: TinyModel, name: str, words: tuple[int, int]
+) -> None:
+    """ComfyUI would repeat a UNet's prompts of 12 and 24 tokens to 24 in one call."""
+    family = FAMILIES[name]
+    model, x = tiny_model(family.model), (family.latent(1, 4), family.latent(1, 5))
+    source, target = (
+        stock.with_values(family.prompt(seed, tokens=count), guidance=1.0)
+        for seed, count in zip((1, 2), words, strict=True)
+    )
+    mapping = torch.eye(*words)
+    control = Control(pack, family, 1.0, 0.0, mapping=mapping, weight=torch.ones(words[1]))
+    way = held_on(pack, model, x[1])
+    guider = pair_guider(control.on(model), source, target, trajectory=way)
+    found = stock.inside(guider, x[0], lambda g, args: g(x[0], x[0].new_full((1,), SIGMA), **args))
+    expected = control.written_out(model, (target, source), x, SIGMA, words)
+    torch.testing.assert_close((x[0] - found) / SIGMA, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_prompts_that_comfyui_repeats(pack: ModuleType, tiny_model: TinyModel, name: str) -> None:
+    """Beside a negative prompt of twice its length the target stands twice in its keys."""
+    family = FAMILIES[name]
+    calls, x = Calls(tiny_model(family.model)), (family.latent(1, 4), family.latent(1, 5))
+    controlled = Control(pack, family, mapping=swap()).on(calls.model)
+    plain = asked(pack, controlled, family, x)
+    negative = family.prompt(3, tokens=2 * WORDS)
+    found = asked(pack, controlled, family, x, negative=negative, target_guidance=4.0)
+    assert [len(rows) for rows in calls.latents[1:]] == [3]
+    unwanted = stock.velocity(tiny_model(family.model), negative, None, 1.0, x[0], SIGMA)
+    expected = unwanted + 4.0 * (plain - unwanted)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@some
+@pytest.mark.parametrize("first", [False, True])
+def test_what_other_handlers_hide_stays_hidden(
+    pack: ModuleType, tiny_model: TinyModel, name: str, first: bool
+) -> None:
+    """Whether they were put on the model before or after."""
+    family, hidden = FAMILIES[name], 4
+    model, x = tiny_model(family.model), (family.latent(1, 4), family.latent(1, 5))
+    tap = pack.nodes.host.tap
+
+    def hiding(model: Any) -> Any:
+        def handler(attention: Any, proceed: Any) -> Tensor:
+            if attention.place.text is None:
+                return proceed(attention)
+            mask = torch.zeros(attention.q.shape[2], attention.k.shape[2])
+            mask[:, attention.place.text.start + hidden] = -torch.inf
+            return proceed(replace(attention, mask=mask))
+
+        return tap.tapped(model, handler)
+
+    control = Control(pack, family, self_until=0.0, mapping=swap(hidden - 1))
+    patched = control.on(hiding(model)) if first else hiding(control.on(model))
+    found = asked(pack, patched, family, x)
+    expected = control.written_out(hiding(model), prompts_of(family), x, SIGMA)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# What is controlled
+
+
+@pytest.mark.parametrize(
+    ("name", "coarse"), [("SD1.5", False), ("SDXL", True), ("SD3", True), ("Flux.2", False)]
+)
+def test_coarse_grids_are_half_the_latents(
+    pack: ModuleType, tiny_model: TinyModel, name: str, coarse: bool
+) -> None:
+    family = FAMILIES[name]
+    model, x = tiny_model(family.model), (family.latent(1, 4), family.latent(1, 5))
+    runs = [
+        asked(pack, Control(pack, family, cross, own, grids).on(model), family, x)
+        for cross, own, grids in ((0.0, 0.0, "all"), (0.0, 1.0, "coarse"), (0.0, 1.0, "all"))
+    ]
+    assert torch.equal(runs[0], runs[1]) != coarse
+    assert torch.equal(runs[1], runs[2]) == coarse
+
+
+def test_only_the_chosen_blocks_are_controlled(pack: ModuleType, tiny_model: TinyModel) -> None:
+    family = FAMILIES["SD1.5"]
+    model, x = tiny_model("sd15"), (family.latent(1, 4), family.latent(1, 5))
+    control = Control(pack, family, mapping=swap(), blocks="output")
+    found = asked(pack, control.on(model), family, x)
+    expected = control.written_out(model, prompts_of(family), x, SIGMA)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("until", [0.0, 0.2, 0.5, 0.7, 1.0])
+def test_control_ends_in_time(pack: ModuleType, tiny_model: TinyModel, until: float) -> None:
+    family, model = FAMILIES["SD3"], tiny_model("sd3")
+    end = float(model.get_model_object("model_sampling").percent_to_sigma(until))
+    x = family.latent(1, 4), family.latent(1, 5)
+    off = asked(pack, Control(pack, family, 0.0, 0.0).on(model), family, x)
+    for cross, own in ((until, 0.0), (0.0, until)):
+        found = asked(pack, Control(pack, family, cross, own, mapping=swap()).on(model), family, x)
+        assert torch.equal(found, off) == (end >= SIGMA)
+
+
+# What it says
+
+
+def test_another_guider_is_refused(pack: ModuleType, tiny_model: TinyModel) -> None:
+    family = FAMILIES["SD1.5"]
+    controlled = Control(pack, family).on(tiny_model("sd15"))
+    with pytest.raises(ValueError, match="use a Prompt-to-Prompt Guider"):
+        stock.velocity(controlled, family.prompt(1), None, 1.0, family.latent(), SIGMA)
+
+
+@some
+def test_other_prompts_are_refused(pack: ModuleType, tiny_model: TinyModel, name: str) -> None:
+    family = FAMILIES[name]
+    model, x = tiny_model(family.model), (family.latent(1, 4), family.latent(1, 5))
+    longer = Control(pack, family, mapping=torch.eye(30), weight=torch.ones(30))
+    with pytest.raises(ValueError, match="12 tokens where Prompt-to-Prompt made one of 30"):
+        asked(pack, longer.on(model), family, x)
+
+
+@some
+def test_nothing_sticks_to_the_model(pack: ModuleType, tiny_model: TinyModel, name: str) -> None:
+    family = FAMILIES[name]
+    model, x = tiny_model(family.model), (family.latent(1, 4), family.latent(1, 5))
+    state = patcher_state(model)
+    before = stock.velocity(model, *prompts_of(family), 2.0, x[0], SIGMA)
+    controlled = Control(pack, family, mapping=swap()).on(model)
+    asked(pack, controlled, family, x)
+    assert torch.equal(stock.velocity(model, *prompts_of(family), 2.0, x[0], SIGMA), before)
+    assert patcher_state(model) == state
