@@ -140,13 +140,14 @@ def _path(kind: str, file_name: str) -> Path:
         ValueError: a name that leads out of it.
     """
     root = Path(folder_paths.get_folder_paths(kind)[0]).resolve()
-    path = (root / f"{file_name}{suffix}").resolve()
-    if not _file_name.fullmatch(file_name) or not path.is_relative_to(root):
-        raise ValueError(
-            f"file_name is '{file_name}': write a name such as ann or people/ann, which lies in "
-            f"{root}"
-        )
-    return path
+    if _file_name.fullmatch(file_name):
+        path = (root / f"{file_name}{suffix}").resolve()
+        # Links may lead elsewhere.
+        if path.is_relative_to(root):
+            return path
+    raise ValueError(
+        f"file_name is '{file_name}': write a name such as ann or people/ann, which lies in {root}"
+    )
 
 
 def load(file_name: str) -> Identity:
