@@ -15,6 +15,9 @@ from host.inprocess import Host
 from host.server import Server
 
 NODES = (
+    "PinpointApplyIdentity",
+    "PinpointSaveIdentity",
+    "PinpointLoadIdentity",
     "PinpointVelocityMask",
     "PinpointCompositeEdit",
     "PinpointEditWithWords",
@@ -30,6 +33,8 @@ NODES = (
     "PinpointInjectValues",
     "PinpointStructureSampler",
     "PinpointStructureDetailEdit",
+    "PinpointPromptToPrompt",
+    "PinpointPromptToPromptGuider",
 )
 LOCALES = sorted(folder.name for folder in (PACK / "locales").iterdir())
 HEADINGS = (

@@ -160,7 +160,7 @@ def rows_of_words(clip: CLIP, tokens: Tokens, length: int) -> dict[str, list[int
 def _knowing(clip: CLIP, words: dict[str, Vectors]) -> CLIP:
     """The same text encoder object for ComfyUI, with words."""
     knowing = WordCLIP(no_init=True)
-    vars(knowing).update(vars(clip))
+    knowing.__dict__.update(vars(clip))
     knowing.words = words
     return knowing
 

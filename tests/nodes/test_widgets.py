@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,9 @@ from host.prompts import PromptFailed, PromptRejected
 TinyModel = Callable[[str], Any]
 
 NODES = (
+    "PinpointApplyIdentity",
+    "PinpointSaveIdentity",
+    "PinpointLoadIdentity",
     "PinpointVelocityMask",
     "PinpointSourceTargetGuider",
     "PinpointEditSampler",
@@ -34,6 +38,8 @@ NODES = (
     "PinpointInjectValues",
     "PinpointStructureSampler",
     "PinpointStructureDetailEdit",
+    "PinpointPromptToPrompt",
+    "PinpointPromptToPromptGuider",
 )
 # Those that refuse flow models.
 NOISE_PREDICTION = ("PinpointNullTextInversion", "PinpointNullTextGuider")
@@ -45,8 +51,29 @@ QUICK = {"steps": 4, "n_max": 3, "samples": 2, "inner_steps": 1}
 TEXTS = {"source_prompt": "a red hat", "target_prompt": "a blue hat", "blocks": "all"}
 
 
+@pytest.fixture(autouse=True)
+def identity(
+    pack: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    host: Host,  # noqa: ARG001
+) -> Any:
+    """The only one in models/identities."""
+    import folder_paths
+
+    entry = ([str(tmp_path)], set())
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "identities", entry)
+    monkeypatch.delitem(folder_paths.filename_list_cache, "identities", raising=False)
+    files, kind = pack.nodes.host.identity_files, pack.nodes.host.identity.Identity
+    ann = kind("ann", "person", "SD3", {"l": torch.ones(1, 64)})
+    files.save(ann, "saved")
+    return ann
+
+
 @pytest.fixture
-def things(tiny_model: TinyModel, noise_things: dict[str, Any], class_type: str) -> dict[str, Any]:
+def things(
+    identity: Any, tiny_model: TinyModel, noise_things: dict[str, Any], class_type: str
+) -> dict[str, Any]:
     """Something for every wire, by the wire's type or the input's name."""
     picture, latent = torch.rand(1, 64, 64, 3), {"samples": picture_latent()}
     model, sigmas = tiny_model("sd3_bare"), torch.linspace(1, 0, 5)
@@ -69,6 +96,7 @@ def things(tiny_model: TinyModel, noise_things: dict[str, Any], class_type: str)
         "CLIP": tiny_clip.clip(),
         "SIGMAS": sigmas,
         "PINPOINT_TRAJECTORY": trajectory,
+        "PINPOINT_IDENTITY": identity,
         "source": stock.conditioning(1),
         "target": stock.conditioning(2),
         "negative": stock.conditioning(3),
@@ -122,7 +150,7 @@ def graph_of(host: Host, class_type: str, things: dict[str, Any]) -> NodeGraph:
         _sample_with(graph, things, sampler=node)
     elif class_type == "PinpointSourceTargetGuider":
         _sample_with(graph, things, guider=node)
-    elif class_type == "PinpointNullTextGuider":
+    elif class_type in ("PinpointNullTextGuider", "PinpointPromptToPromptGuider"):
         euler = graph.add("KSamplerSelect", sampler_name="euler")
         _sample_with(graph, things, guider=node, sampler=euler)
     else:
