@@ -7,7 +7,7 @@ from comfy_execution.graph_utils import GraphBuilder
 from torch import Tensor
 
 from ..kernels.solvers import Trend
-from .host import arguments, expanding, layouts, sculpting, values, widgets
+from .host import arguments, expanding, layouts, progress, sculpting, values, widgets
 from .host.expanding import Link
 from .host.inversion import Method, SolverSettings
 from .host.inversion import Trajectory as TrajectoryValue
@@ -159,7 +159,7 @@ class InjectValues(io.ComfyNode):
         return io.NodeOutput(values.injecting_model(model, settings, recording))
 
 
-class StructureDetailSampler(io.ComfyNode):
+class StructureSampler(io.ComfyNode):
     """S2D-EC's structure phase as a SAMPLER."""
 
     @classmethod
@@ -208,11 +208,15 @@ class StructureDetailSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
         arguments.require_finite_mask(mask)
+        if start >= end:
+            progress.warn(f"start {start:g} is not before end {end:g}, so no latents are fused")
         structure = sculpting.StructureSettings(mask, start, end, strength, trend, anchor)
-        return io.NodeOutput(sculpting.SculptSampler(SolverSettings(method), structure, trajectory))
+        # RF-Inversion's own pull towards the picture would reach into the mask.
+        solver = SolverSettings(method, eta=0.0)
+        return io.NodeOutput(sculpting.SculptSampler(solver, structure, trajectory))
 
 
-class SculptWithWords(io.ComfyNode):
+class StructureDetailEdit(io.ComfyNode):
     """Flux-Sculptor in one node; expands into the nodes that it is made of."""
 
     @classmethod
@@ -265,7 +269,7 @@ class SculptWithWords(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of the noises that the region is found with.",
+                    tooltip="Of the noises that the region is found with, and of RF-Inversion's.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -370,4 +374,4 @@ class SculptWithWords(io.ComfyNode):
         return io.NodeOutput(edited.out(0), mask, expand=graph.finalize())
 
 
-nodes = [RecordValues, InjectValues, StructureDetailSampler, SculptWithWords]
+nodes = [RecordValues, InjectValues, StructureSampler, StructureDetailEdit]

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..kernels.solvers import Trend
-from .host import arguments, inverting, widgets
+from .host import arguments, inverting, progress, widgets
 from .host.inversion import FlowSampler, Method, SolverSettings
 
 
@@ -32,40 +32,26 @@ class FlowSolver(io.ComfyNode):
             ],
             inputs=[
                 widgets.method(),
-                io.Float.Input(
+                widgets.part(
                     "gamma",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "RF-Inversion, rising sigmas: pull towards fresh noise. 0 is plain "
-                        "inversion; higher ends in noise that is easier to edit and remembers less."
-                    ),
+                    0.5,
+                    "RF-Inversion, rising sigmas: pull towards fresh noise. 0 is plain "
+                    "inversion; higher ends in noise that is easier to edit and remembers less.",
                 ),
-                io.Float.Input(
+                widgets.part(
                     "eta",
-                    default=0.9,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="RF-Inversion, falling sigmas: pull towards the picture in the latent.",
+                    0.9,
+                    "RF-Inversion, falling sigmas: pull towards the picture in the latent.",
                 ),
-                io.Float.Input(
+                widgets.part(
                     "eta_start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="RF-Inversion: part of the steps after which eta begins to act.",
+                    0.0,
+                    "RF-Inversion: part of the steps after which eta begins to act.",
                 ),
-                io.Float.Input(
+                widgets.part(
                     "eta_end",
-                    default=0.35,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="RF-Inversion: part of the steps after which eta stops. 1 = never.",
+                    0.35,
+                    "RF-Inversion: part of the steps after which eta stops. 1 = never.",
                 ),
                 widgets.trend("eta_trend", "RF-Inversion: how eta changes from start to end."),
             ],
@@ -83,6 +69,8 @@ class FlowSolver(io.ComfyNode):
         eta_trend: Trend,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
+        if method == "RF-Inversion" and eta_start >= eta_end:
+            progress.warn(f"eta_start {eta_start:g} is not before eta_end {eta_end:g}: no pull")
         settings = SolverSettings(method, gamma, eta, eta_start, eta_end, eta_trend)
         return io.NodeOutput(FlowSampler(settings))
 
@@ -123,14 +111,7 @@ class Invert(io.ComfyNode):
                         "guidance (Flux.1-dev); others need a negative prompt when it is not 1."
                     ),
                 ),
-                io.Float.Input(
-                    "gamma",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="RF-Inversion only: pull towards fresh noise.",
-                ),
+                widgets.part("gamma", 0.5, "RF-Inversion only: pull towards fresh noise."),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -188,6 +169,8 @@ class Invert(io.ComfyNode):
         trajectory, report = job.run(samples, sigmas, measure_round_trip)
         noise = inverting.noise_of(trajectory)
         wire = inverting.as_latent(model, trajectory.noise, latent)
+        if "noise_mask" in latent:
+            progress.warn("an inversion runs on the whole picture; the latent's mask is not used")
         return io.NodeOutput(noise, wire, trajectory, report, ui=ui.PreviewText(report))
 
 

@@ -353,6 +353,11 @@ class AttentionMask(io.ComfyNode):
         arguments.require_valid(cls, locals())
         samples_latent = arguments.latent_samples(model, latent)
         arguments.require_one_picture_each(image, samples_latent)
+        if lowest_noise > highest_noise:
+            raise ValueError(
+                f"lowest_noise is {lowest_noise:g}, above highest_noise ({highest_noise:g}): "
+                "exchange them"
+            )
         settings = attention_map.GatherSettings(
             layouts.chosen_blocks(model, blocks),
             attention_map.chosen_heads(heads),
@@ -382,6 +387,8 @@ class AttentionMask(io.ComfyNode):
         overlay = pictures.heat_over(_repeated(picture, len(shown)), shown)
         wanted = [phrase for request in requests for phrase in request.wanted]
         progress.show("all together, then: " + ", ".join(wanted))
+        if not hard.any():
+            progress.warn("nothing is hot enough for the mask: lower threshold or smallest_part")
         return io.NodeOutput(soft, hard, each, overlay, ui=ui.PreviewImage(overlay, cls=cls))
 
 

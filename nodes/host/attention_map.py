@@ -179,7 +179,13 @@ def gathered(
             "blocks names only blocks in which the picture does not attend to the prompt, or "
             "another node replaces their attention: choose others"
         )
-    return gatherer.maps().cpu()
+    maps = gatherer.maps().cpu()
+    if not torch.isfinite(maps).all():
+        raise ValueError(
+            "the model's attention holds values that are not finite: check the model's weights and "
+            "precision"
+        )
+    return maps
 
 
 def probe(
@@ -355,4 +361,7 @@ def chosen_heads(text: str) -> tuple[int, ...]:
         raise ValueError(
             f"heads is '{text}': write all, or numbers and ranges such as 0, 4-7"
         ) from None
+    for first, *last in bounds:
+        if last and last[0] < first:
+            raise ValueError(f"heads has {first}-{last[0]}, which falls: write {last[0]}-{first}")
     return tuple(sorted({head for b in bounds for head in range(b[0], b[-1] + 1)}))

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...kernels import flow, solvers
+from . import families
 
 if TYPE_CHECKING:
     from .values import Recording
@@ -34,6 +35,8 @@ calls_per_step = {"RF-Solver": 2, "FireFlow": 1, "Euler": 1, "RF-Inversion": 1}
 
 lowest_sigma = 1e-3
 """Noise level that the model is told at sigma 0, where a velocity cannot be read from x0."""
+covered = 1e-3
+"""How far outside a trajectory a noise level may lie and still be answered by its end."""
 flipped_zero = 1e-4
 """What ComfyUI's Flip Sigmas puts in place of sigma 0."""
 
@@ -87,6 +90,7 @@ class FlowSampler(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         """ComfyUI's sampler interface."""
+        families.require_flow(model_wrap.model_patcher)
         schedule = checked_schedule(sigmas)
         if schedule[0] > schedule[-1]:
             # ComfyUI's own sampler class applies noise masks and scales the noise.
@@ -243,7 +247,7 @@ class Trajectory:
 
     @property
     def source(self) -> Tensor:
-        """The picture's latent in the model's space, (B, C, [T,] H, W)."""
+        """The last latent in the model's space, (B, C, [T,] H, W): the picture, at sigma 0."""
         return self.latents[-1]
 
     def at(self, sigma: float, like: Tensor) -> Tensor:
@@ -268,6 +272,24 @@ class Trajectory:
             raise ValueError(
                 f"trajectory was made from a latent of {_size(expected)}, the sampler has "
                 f"{_size(tuple(latent.shape))}: connect the latent that was inverted"
+            )
+
+    def require_covering(self, schedule: list[float]) -> None:
+        """Refuse to be asked for noise levels that the inversion never had.
+
+        Args:
+            schedule: falling sigmas. The picture itself, at sigma 0, is always known.
+
+        Raises:
+            ValueError: one is above the first or below the last of the inversion.
+        """
+        high, low = self.sigmas[0], self.sigmas[-1]
+        asked = [sigma for sigma in schedule if sigma > 0]
+        if asked[0] > high + covered or asked[-1] < low - covered:
+            raise ValueError(
+                f"sigmas ask for noise levels from {asked[0]:.3g} to {asked[-1]:.3g}, the "
+                f"trajectory has {high:.3g} to {low:.3g}: invert with the sigmas that you sample "
+                "with"
             )
 
     def require_family(self, family: str) -> None:

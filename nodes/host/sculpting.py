@@ -63,6 +63,7 @@ class SculptSampler(FlowSampler):
     ) -> Tensor:
         """ComfyUI's sampler interface."""
         self.way.require_fitting(latent_image, families.name(model_wrap.model_patcher))
+        self.way.require_covering(sigmas.tolist())
         if sigmas[0] < sigmas[-1]:
             raise ValueError(
                 "sigmas rise, which would invert: connect the sigmas of a scheduler without "
@@ -75,7 +76,11 @@ class SculptSampler(FlowSampler):
         sampled = super().sample(*given, disable_pbar)
         if not self.structure.anchor:
             return sampled
-        return torch.where(mask > 0, latent_image.lerp(sampled, mask), latent_image)
+        kept = latent_image
+        if last := float(sigmas[-1]):
+            # ComfyUI hands a latent on as if its noise had been scaled away.
+            kept = self.way.at(last, latent_image) / (1 - last)
+        return torch.where(mask > 0, kept.lerp(sampled, mask), kept)
 
     def before_step(self, x: Tensor, index: int, schedule: list[float]) -> Tensor:
         """The latent, outside the mask drawn to the trajectory's at this noise level."""

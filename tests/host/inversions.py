@@ -87,7 +87,7 @@ def solver(method: str = "RF-Solver", **widgets: Any) -> Any:
 
 def structure(trajectory: Any, mask: Tensor, **widgets: Any) -> Any:
     """A SAMPLER from the Structure Sampler node, with the node's defaults but Euler."""
-    defaults = dict(method="Euler", start=0.0, end=0.5, strength=1.0, trend="constant", anchor=True)
+    defaults = dict(method="Euler", start=0.0, end=1.0, strength=1.0, trend="constant", anchor=True)
     return stock.call(
         "PinpointStructureSampler", trajectory=trajectory, mask=mask, **{**defaults, **widgets}
     )[0]

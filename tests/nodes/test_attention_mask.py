@@ -243,6 +243,8 @@ def test_heads_by_name(located: ModuleType) -> None:
     for text in ("a", "1-", "1,,2", "-3"):
         with pytest.raises(ValueError, match=r"heads is '.*': write all, or numbers and ranges"):
             located.chosen_heads(text)
+    with pytest.raises(ValueError, match="heads has 7-4, which falls: write 4-7"):
+        located.chosen_heads("1, 7-4")
 
 
 def test_a_models_mask_hides_words(located: ModuleType, tiny_model: TinyModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -231,3 +232,24 @@ def test_the_demo_model_finds_hats(demo: Demo) -> None:
     assert found.mean() > 0.5
     assert found.min() > 0.35
     assert elsewhere.max() < 0.1
+
+
+def test_nothing_found_is_said(mask: Mask, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert not mask.run(smallest_part=64)[1].any()
+    assert "nothing is hot enough" in caplog.text
+
+
+def test_noise_levels_the_wrong_way_round_are_refused(mask: Mask) -> None:
+    with pytest.raises(ValueError, match=r"lowest_noise is 0\.7, above highest_noise \(0\.5\)"):
+        mask.run(highest_noise=0.5)
+
+
+def test_a_model_of_nan_is_refused(mask: Mask) -> None:
+    broken = mask.model.clone()
+    broken.set_model_unet_function_wrapper(
+        lambda apply, args: apply(args["input"] * torch.nan, args["timestep"], **args["c"])
+    )
+    mask.model = broken
+    with pytest.raises(ValueError, match="attention holds values that are not finite"):
+        mask.run()

@@ -296,6 +296,23 @@ def test_the_latent_wire_keeps_what_belongs_to_it(tiny_model: TinyModel) -> None
     assert latent.keys() == {"samples", "noise_mask", "batch_index"}
 
 
+def test_settings_without_effect_are_said(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    latent = {"samples": picture_latent(), "noise_mask": torch.ones(1, 8, 8)}
+    job = Inversion(tiny_model("sd3"))
+    with caplog.at_level(logging.WARNING):
+        stock.call("PinpointInvert", **{**job.wires(), "latent": latent}, **job.widgets())
+        solver("RF-Inversion", eta_start=0.4, eta_end=0.3)
+    assert "the latent's mask is not used" in caplog.text
+    assert "eta_start 0.4 is not before eta_end 0.3" in caplog.text
+
+
+def test_a_flow_solver_refuses_other_models(tiny_model: TinyModel) -> None:
+    with pytest.raises(ValueError, match="model is SD15, which does not predict a flow velocity"):
+        sample(tiny_model("sd15"), torch.zeros(1, 4, 8, 8), solver(), sigmas=torch.tensor([1.0, 0]))
+
+
 # Guidance
 
 

@@ -229,13 +229,57 @@ def test_another_schedule_takes_latents_between_those_of_the_trajectory(
 ) -> None:
     calls = Calls(tiny_model("sd3"))
     sculpture = Sculpture(calls.model, "sd3", (0.9, 0.5, 0.1))
-    sculpture.job = sculpture.job.having(schedule=(0.95, 0.9, 0.7, 0.2, 0.04, 0.0))
+    sculpture.job = sculpture.job.having(schedule=(0.9, 0.7, 0.2, 0.1, 0.0))
     calls.latents.clear()
     sculpture.edited(torch.zeros(1, 6, 8), end=1.0)
     high, middle, low = sculpture.way.latents
-    between = [high, high, (high + middle) / 2, low + (middle - low) / 4, low]
+    between = [high, (high + middle) / 2, low + (middle - low) / 4, low]
     for seen, expected in zip(calls.latents, between, strict=True):
         torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [(1.0, 0.5, 0.0), (0.9, 0.5, 0.05, 0.0)])
+def test_noise_levels_that_the_trajectory_never_had_are_refused(
+    tiny_model: TinyModel, schedule: tuple[float, ...]
+) -> None:
+    sculpture = Sculpture(tiny_model("sd3"), "sd3", (0.9, 0.5, 0.1))
+    sculpture.job = sculpture.job.having(schedule=schedule)
+    with pytest.raises(ValueError, match=r"the trajectory has 0\.9 to 0\.1: invert with the sig"):
+        sculpture.edited(torch.zeros(1, 6, 8))
+
+
+@models
+def test_an_edit_in_two_stages_is_anchored_to_the_trajectory_between_them(
+    tiny_model: TinyModel, name: str
+) -> None:
+    sculpture = Sculpture(tiny_model(name), name)
+    mask = left_half(sculpture.latent)
+    first = structure(sculpture.way, mask)
+    settings = dict(prompt=target(), noise=sculpture.noise, sigmas=torch.tensor(SCHEDULE[:4]))
+    handed_on = sample(sculpture.model, sculpture.latent, first, **settings)
+    model = sculpture.model.model
+    # What the next sampler starts from, as it undoes ComfyUI's scaling.
+    last = SCHEDULE[3]
+    found = (1 - last) * model.process_latent_in(handed_on)
+    outside = (mask[0] == 0).expand_as(found)
+    torch.testing.assert_close(
+        found[outside], sculpture.way.latents[3][outside], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_rf_inversions_pull_does_not_reach_into_the_mask(tiny_model: TinyModel) -> None:
+    sculpture, everywhere = Sculpture(tiny_model("sd3"), "sd3"), torch.ones(1, 6, 8)
+    pulled = sculpture.edited(everywhere, method="RF-Inversion")
+    assert torch.equal(pulled, sculpture.edited(everywhere, method="Euler"))
+
+
+def test_structure_without_steps_is_said(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    sculpture = Sculpture(tiny_model("sd3"), "sd3")
+    with caplog.at_level(logging.WARNING):
+        structure(sculpture.way, torch.ones(1, 6, 8), start=0.5, end=0.5)
+    assert "no latents are fused" in caplog.text
 
 
 def test_noise_masks_are_honoured(tiny_model: TinyModel) -> None:
