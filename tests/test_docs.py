@@ -15,6 +15,7 @@ from host.inprocess import Host
 from host.server import Server
 
 NODES = (
+    "PinpointLearnIdentity",
     "PinpointApplyIdentity",
     "PinpointSaveIdentity",
     "PinpointLoadIdentity",

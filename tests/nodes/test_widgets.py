@@ -20,6 +20,7 @@ from host.prompts import PromptFailed, PromptRejected
 TinyModel = Callable[[str], Any]
 
 NODES = (
+    "PinpointLearnIdentity",
     "PinpointApplyIdentity",
     "PinpointSaveIdentity",
     "PinpointLoadIdentity",
@@ -46,9 +47,10 @@ NOISE_PREDICTION = ("PinpointNullTextInversion", "PinpointNullTextGuider")
 nodes = pytest.mark.parametrize("class_type", NODES)
 
 # Small enough to run, where a widget's default is made for real models.
-QUICK = {"steps": 4, "n_max": 3, "samples": 2, "inner_steps": 1}
+QUICK = {"steps": 4, "n_max": 3, "samples": 2, "inner_steps": 1, "token_steps": 1}
 # What a person writes, and all of the two blocks that a tiny SD3 has.
 TEXTS = {"source_prompt": "a red hat", "target_prompt": "a blue hat", "blocks": "all"}
+TEXTS["prompt"] = "photo of a person"
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +74,11 @@ def identity(
 
 @pytest.fixture
 def things(
-    identity: Any, tiny_model: TinyModel, noise_things: dict[str, Any], class_type: str
+    identity: Any,
+    tiny_model: TinyModel,
+    demo: stock.Demo,
+    noise_things: dict[str, Any],
+    class_type: str,
 ) -> dict[str, Any]:
     """Something for every wire, by the wire's type or the input's name."""
     picture, latent = torch.rand(1, 64, 64, 3), {"samples": picture_latent()}
@@ -94,6 +100,7 @@ def things(
     return {
         "MODEL": model,
         "CLIP": tiny_clip.clip(),
+        "VAE": demo.vae,
         "SIGMAS": sigmas,
         "PINPOINT_TRAJECTORY": trajectory,
         "PINPOINT_IDENTITY": identity,
