@@ -15,6 +15,11 @@ usual_attributes = (
     "hair, smile, makeup, age, glasses, hat, beard, lips, skin, eyes, expression, clothes"
 )
 """What edits of portraits change."""
+_taken = (
+    *("token_steps", "token_rate", "steps", "rate", "rank", "batch", "orthogonality", "weighting"),
+    *("vectors", "update_every", "outside_weight", "preview_every", "seed"),
+)
+"""Widgets that are settings as they are."""
 _precisions = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -117,18 +122,22 @@ class LearnIdentity(io.ComfyNode):
 def _settings(values: dict[str, Any]) -> LearningSettings:
     if values["token_steps"] + values["steps"] == 0:
         raise ValueError("token_steps and steps are both 0, so nothing would be learned: raise one")
+    if values["token_steps"] and not values["token_rate"]:
+        raise ValueError(
+            f"token_rate is 0, so {values['token_steps']} token_steps would change nothing: set "
+            "token_steps to 0, or raise token_rate"
+        )
     class_word = values["class_word"].strip()
     attributes = phrases.split_phrases(values["attributes"])
-    taken = ("token_steps", "token_rate", "steps", "rate", "rank", "batch", "orthogonality")
-    taken += ("weighting", "vectors", "update_every", "outside_weight", "preview_every", "seed")
     return LearningSettings(
         name=require_name(values["name"]),
         class_word=class_word,
         start_word=values["start_word"].strip() or class_word,
         attributes=tuple(a for a in attributes if a.casefold() != class_word.casefold()),
         confined=values["confine_word"],
+        saves_memory=values["save_memory"],
         precision=lessons.precision_for(values["model"], _precisions[values["precision"]]),
-        **{name: values[name] for name in taken},
+        **{name: values[name] for name in _taken},
     )
 
 
@@ -262,6 +271,14 @@ def _details() -> list[io.Input]:
             options=list(_precisions),
             default="auto",
             tooltip="In which the model computes. auto is bf16 where the device has it.",
+        ),
+        io.Boolean.Input(
+            "save_memory",
+            default=True,
+            tooltip=(
+                "Compute the model's blocks twice instead of keeping what they computed: far less "
+                "memory, up to a third more time."
+            ),
         ),
         io.Int.Input(
             "preview_every",

@@ -26,7 +26,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from ...kernels import identity as losses
 from ...kernels import masks
-from . import confining, families, training, word_learning
+from . import confining, families, training, word_learning, words
 from .identity import Identity
 from .progress import show
 
@@ -59,6 +59,7 @@ class LearningSettings:
         outside_weight: weight of the picture outside the mask in the loss.
         confined: whether the word is seen inside the mask only.
         precision: in which the model computes; None = as it comes.
+        saves_memory: whether blocks are computed twice instead of kept.
         preview_every: steps between previews; 0 = none.
         seed: of noise, noise levels and the change's first values.
     """
@@ -80,6 +81,7 @@ class LearningSettings:
     outside_weight: float = 1.0
     confined: bool = True
     precision: torch.dtype | None = None
+    saves_memory: bool = True
     preview_every: int = 25
     seed: int = 0
 
@@ -137,9 +139,8 @@ class Learner(comfy.samplers.Sampler):
         self.trainee, self.clip, self.pictures = trainee, clip, pictures
         self.settings = settings
         self.lesson = Lesson()
-        self.word = word_learning.LearnedWord(
-            clip, settings.name, settings.start_word, settings.vectors
-        )
+        self.word = word_learning.LearnedWord(clip, settings.start_word, settings.vectors)
+        self._knowing = words.with_words(clip, {settings.name: self.word})
         offsets = list(self.word.offsets.values())
         self._word_optimizer = torch.optim.Adam(offsets, lr=settings.token_rate, betas=(0.9, 0.99))
         changes = trainee.parameters()
@@ -147,6 +148,7 @@ class Learner(comfy.samplers.Sampler):
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._encoded: dict[str, word_learning.EncodedPrompt] = {}
         self._apart: dict[str, tuple[Tensor, Tensor]] = {}
+        self._taps: dict[int, dict[str, Any]] = {}
 
     def run(self) -> None:
         """Learn.
@@ -154,6 +156,9 @@ class Learner(comfy.samplers.Sampler):
         Raises:
             ValueError: the loss is no number any more.
         """
+        self._progress = comfy.utils.ProgressBar(self.settings.total)
+        self._progress.update_absolute(0)
+        show("reading the prompt")
         first = self.pictures[0]
         guider = comfy.samplers.CFGGuider(self.trainee.model)
         with torch.no_grad():
@@ -165,7 +170,7 @@ class Learner(comfy.samplers.Sampler):
     def identity(self) -> Identity:
         """What has been learned so far."""
         with torch.no_grad():
-            vectors = {k: v.detach().cpu().clone() for k, v in self.word.vectors().items()}
+            vectors = {key: v.detach().cpu().clone() for key, v in self.word.items()}
         settings = self.settings
         recipe = {key: str(value) for key, value in asdict(settings).items()}
         recipe |= {"prompt": self.pictures[0].prompt, "steps_done": str(len(self.lesson.losses))}
@@ -191,14 +196,12 @@ class Learner(comfy.samplers.Sampler):
     ) -> Tensor:
         """ComfyUI's sampler interface; returns the latent as it came."""
         self._model, self._options = model_wrap.inner_model, extra_args["model_options"]
-        self._progress = comfy.utils.ProgressBar(self.settings.total)
-        self._progress.update_absolute(0)
-        show("encoding")
         self._read_attributes()
         for steps in self._windows():
             # Models and text encoders add in place to what autograd has kept.
             with allow_mutation_on_saved_tensors():
-                self._encoded.clear()
+                if self.settings.token_rate:
+                    self._encoded.clear()
                 for step in steps:
                     comfy.model_management.throw_exception_if_processing_interrupted()
                     self._step(step)
@@ -210,10 +213,8 @@ class Learner(comfy.samplers.Sampler):
         settings = self.settings
         bounds = ((0, settings.token_steps), (settings.token_steps, settings.total))
         for start, stop in bounds:
-            # A word that stays as it is need not be read again.
-            size = settings.update_every if settings.token_rate else max(1, stop - start)
-            for first in range(start, stop, size):
-                yield range(first, min(first + size, stop))
+            for first in range(start, stop, settings.update_every):
+                yield range(first, min(first + settings.update_every, stop))
 
     def _step(self, step: int) -> None:
         settings, phase_two = self.settings, step >= self.settings.token_steps
@@ -264,19 +265,20 @@ class Learner(comfy.samplers.Sampler):
     ) -> Tensor:
         conds = {"positive": comfy.sampler_helpers.convert_cond(self._conditioning(prompt))}
         conds = comfy.samplers.process_conds(self._model, x[:1], conds, x.device, x[:1])
-        options = self._confined(picture, prompt) if picture.mask is not None else self._options
+        options = self._confined(picture, prompt)
         given = [conds["positive"]]
         return comfy.samplers.calc_cond_batch(self._model, given, x, sigma, options)[0]
 
     def _confined(self, picture: Picture, prompt: word_learning.EncodedPrompt) -> dict[str, Any]:
         """Options of a model call in which the word is seen inside the mask only."""
-        if not self.settings.confined:
+        if picture.mask is None or not self.settings.confined:
             return self._options
-        place = confining.Confinement(prompt.rows, prompt.conditioning[0][0].shape[1], picture.mask)
-        tapped = confining.confined_rows(self.trainee.model, place).wrappers
-        inner = self._options["transformer_options"]
-        kind = WrappersMP.APPLY_MODEL
-        wrappers = {**inner.get("wrappers", {}), kind: tapped[kind]}
+        kind, inner = WrappersMP.APPLY_MODEL, self._options["transformer_options"]
+        if id(picture) not in self._taps:
+            length = prompt.conditioning[0][0].shape[1]
+            place = confining.Confinement(prompt.rows, length, picture.mask)
+            self._taps[id(picture)] = confining.confined_rows(self.trainee.source, place).wrappers
+        wrappers = {**inner.get("wrappers", {}), kind: self._taps[id(picture)][kind]}
         return {**self._options, "transformer_options": {**inner, "wrappers": wrappers}}
 
     def _conditioning(self, prompt: word_learning.EncodedPrompt) -> list[Any]:
@@ -286,8 +288,10 @@ class Learner(comfy.samplers.Sampler):
 
     def _encode(self, text: str) -> word_learning.EncodedPrompt:
         if text not in self._encoded:
-            knowing = self.word.knowing()
-            self._encoded[text] = word_learning.encode(knowing, text, self.settings.name)
+            # A word that stays as it starts is read once, without gradients.
+            with torch.set_grad_enabled(self.settings.token_rate > 0):
+                name = self.settings.name
+                self._encoded[text] = word_learning.encode(self._knowing, text, name)
             training.load(self.trainee.model)
         return self._encoded[text]
 
@@ -314,13 +318,15 @@ class Learner(comfy.samplers.Sampler):
         settings = self.settings
         if not settings.attributes or not settings.orthogonality or not settings.token_rate:
             return
+        texts = (*settings.attributes, settings.class_word)
         for prompt in {picture.prompt for picture in self.pictures}:
-            read = []
-            for text in (*settings.attributes, settings.class_word):
+            found = []
+            reading = word_learning.features_in_place(self.clip, prompt, settings.name, texts)
+            for text, features in zip(texts, reading, strict=True):
+                show(f"read '{text}'")
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                show(f"reading '{text}'")
-                read.append(word_learning.features_in_place(self.clip, prompt, settings.name, text))
-            self._apart[prompt] = torch.stack(read[:-1]), read[-1]
+                found.append(features)
+            self._apart[prompt] = torch.stack(found[:-1]), found[-1]
 
     def _drawn(self, count: int) -> int:
         return int(torch.randint(count, (1,), generator=self._generator))

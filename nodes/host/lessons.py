@@ -162,7 +162,9 @@ def learn(
     """
     started = time.perf_counter()
     rank = settings.rank if settings.steps else 0
-    with training.in_training(model, rank, settings.seed, settings.precision) as trainee:
+    with training.in_training(
+        model, rank, settings.seed, settings.precision, saves_memory=settings.saves_memory
+    ) as trainee:
         # What inference mode made can't be kept for gradients.
         own = [
             replace(p, latent=p.latent.clone(), mask=p.mask if p.mask is None else p.mask.clone())
@@ -222,7 +224,8 @@ def preview(
         conds = [node_helpers.conditioning_set_values(c, {"guidance": guidance}) for c in conds]
         guidance = 1.0
     latent = torch.zeros_like(picture.latent)
-    noise = comfy.sample.prepare_noise(latent, seed)
+    # ComfyUI's own noise would seed the global generator.
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
     positive, negative = conds
     samples = comfy.sample.sample(
         knowing, noise, preview_steps, guidance, "euler", "simple", positive, negative, latent,

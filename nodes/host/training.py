@@ -23,11 +23,11 @@ from comfy.weight_adapter.base import WeightAdapterTrainBase
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from torch import Tensor, nn
 
-from . import families
+from . import checkpointing, families
 
 log = logging.getLogger(__name__)
 
-injection_key = "pinpoint_low_rank"
+injection_key, checkpoint_key = "pinpoint_low_rank", "pinpoint_checkpointing"
 
 _flux = r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]"
 TARGETS: dict[type[nn.Module], str] = {
@@ -73,10 +73,13 @@ class Trainee:
 
     Attributes:
         model: a copy with weights of its own.
+        source: what it was copied from. A clone of the copy, when it is forgotten, would take the
+            changes out of it.
         changes: the low-rank changes by the names of their layers, "diffusion_model.<module>".
     """
 
     model: ModelPatcher
+    source: ModelPatcher
     changes: dict[str, LowRank]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -90,7 +93,12 @@ class Trainee:
 
 @contextmanager
 def in_training(
-    model: ModelPatcher, rank: int, seed: int, precision: torch.dtype | None
+    model: ModelPatcher,
+    rank: int,
+    seed: int,
+    precision: torch.dtype | None = None,
+    *,
+    saves_memory: bool = False,
 ) -> Iterator[Trainee]:
     """A model with low-rank changes, loaded, for the time of a training.
 
@@ -99,6 +107,7 @@ def in_training(
     Args:
         rank: of the changes; 0 = none.
         precision: in which it computes; None = as it comes.
+        saves_memory: whether its blocks are computed twice instead of kept.
 
     Raises:
         ValueError: a family of which the layers to change are not known, or a model that cannot be
@@ -113,11 +122,14 @@ def in_training(
         for name, change in changes.items():
             manager.add_adapter(name, change)
         trained.set_injections(injection_key, manager.create_injections(trained.model))
+        if saves_memory:
+            blocks = checkpointing.checkpointed(trained.model.diffusion_model)
+            trained.set_injections(checkpoint_key, [blocks])
         before = comfy.model_management.in_training
         comfy.model_management.in_training = True
         try:
             load(trained)
-            yield Trainee(trained, changes)
+            yield Trainee(trained, model, changes)
         finally:
             comfy.model_management.in_training = before
             trained.eject_model()

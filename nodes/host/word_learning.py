@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,6 @@ from ...kernels import identity as losses
 from . import encoders, training, words
 
 Conditioning = list[Any]
-
-stand_in = "pinpoint-attribute"
-"""Name of the word in whose place attribute words are read."""
 
 
 def trainable(clip: CLIP) -> CLIP:
@@ -46,37 +43,39 @@ def embedded(clip: CLIP, text: str) -> dict[str, Tensor]:
     return found
 
 
-class LearnedWord:
-    """Vectors of a word in all text encoders, learned as offsets from another word's.
+class LearnedWord(Mapping[str, Tensor]):
+    """Vectors of a word by text encoder, learned as offsets from another word's.
 
-    The offsets are counted in the deviation of the vectors that they start from, so that one rate
-    serves text encoders whose embeddings differ in size a hundred times.
+    The offsets are counted in the size of the vectors that they start from, so that one rate serves
+    text encoders whose embeddings differ a hundred times. Whoever looks a text encoder up gets the
+    vectors as they are then; gradients lead to the offsets.
+
+    Attributes:
+        offsets: what is learned.
     """
 
-    def __init__(self, clip: CLIP, name: str, start: str, count: int):
+    def __init__(self, clip: CLIP, start: str, count: int):
         """
         Args:
             clip: from `trainable`.
             start: the word whose embeddings are the first vectors.
             count: of vectors for each text encoder.
         """
-        self.name = name
-        self.start, self.sizes, self.offsets = {}, {}, {}
+        self._start, self._sizes = {}, {}
+        self.offsets: dict[str, nn.Parameter] = {}
         for key, vectors in embedded(clip, start).items():
             rows = vectors[[i % len(vectors) for i in range(count)]]
-            self.start[key], self.sizes[key] = rows, float(rows.square().mean().sqrt())
+            self._start[key], self._sizes[key] = rows, float(rows.square().mean().sqrt())
             self.offsets[key] = nn.Parameter(torch.zeros_like(rows))
-        self._clip = clip
 
-    def vectors(self) -> dict[str, Tensor]:
-        """The word's vectors as they are now; gradients lead to the offsets."""
-        return {
-            key: self.start[key] + self.sizes[key] * offset for key, offset in self.offsets.items()
-        }
+    def __getitem__(self, key: str) -> Tensor:
+        return self._start[key] + self._sizes[key] * self.offsets[key]
 
-    def knowing(self) -> CLIP:
-        """A text encoder that knows the word as it is now."""
-        return words.with_words(self._clip, {self.name: self.vectors()})
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._start)
+
+    def __len__(self) -> int:
+        return len(self._start)
 
 
 @dataclass
@@ -149,11 +148,14 @@ def features(cond: Tensor, rows: Sequence[int]) -> Tensor:
     return torch.stack([cond[0, run].mean(0) for run in runs])
 
 
-def features_in_place(clip: CLIP, prompt: str, name: str, text: str) -> Tensor:
-    """What a text encoder makes of a word or phrase in the place of the learned word."""
-    knowing = words.with_words(clip, {stand_in: embedded(clip, text)})
-    with torch.no_grad():
-        return encode(knowing, prompt.replace(f"<{name}>", f"<{stand_in}>"), stand_in).features
+def features_in_place(clip: CLIP, prompt: str, name: str, texts: Sequence[str]) -> Iterator[Tensor]:
+    """What a text encoder makes of words or phrases in the place of the learned word, in turn."""
+    stand_ins = [f"{name}-{number}" for number in range(len(texts))]
+    vectors = {s: embedded(clip, text) for s, text in zip(stand_ins, texts, strict=True)}
+    knowing = words.with_words(clip, vectors)
+    for stand_in in stand_ins:
+        with torch.no_grad():
+            yield encode(knowing, prompt.replace(f"<{name}>", f"<{stand_in}>"), stand_in).features
 
 
 def orthogonality(prompt: EncodedPrompt, attributes: Tensor, class_word: Tensor) -> Tensor:

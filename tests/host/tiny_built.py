@@ -108,14 +108,23 @@ RECIPES = {
 def model(name: str) -> Any:
     """A ModelPatcher, as a stock loader would give it."""
     import torch
+
+    with torch.inference_mode():
+        patcher = _patcher(name)
+    # As loaders do, so that it can be loaded a second time.
+    patcher.cached_patcher_init = (_patcher, (name,))
+    return patcher
+
+
+def _patcher(name: str, disable_dynamic: bool = False) -> Any:  # noqa: ARG001
+    import torch
     from comfy import model_management, model_patcher, supported_models
 
     family, settings, seed = RECIPES[name]
     config = getattr(supported_models, family)(settings)
     config.set_inference_dtype(torch.float32, None)
-    with torch.inference_mode():
-        made = config.get_model({})
-        made.diffusion_model.load_state_dict(tiny.drawn(made.diffusion_model, seed))
+    made = config.get_model({})
+    made.diffusion_model.load_state_dict(tiny.drawn(made.diffusion_model, seed))
     return model_patcher.CoreModelPatcher(
         made,
         load_device=model_management.get_torch_device(),

@@ -49,8 +49,12 @@ nodes = pytest.mark.parametrize("class_type", NODES)
 # Small enough to run, where a widget's default is made for real models.
 QUICK = {"steps": 4, "n_max": 3, "samples": 2, "inner_steps": 1, "token_steps": 1}
 # What a person writes, and all of the two blocks that a tiny SD3 has.
-TEXTS = {"source_prompt": "a red hat", "target_prompt": "a blue hat", "blocks": "all"}
-TEXTS["prompt"] = "photo of a person"
+TEXTS = {
+    "source_prompt": "a red hat",
+    "target_prompt": "a blue hat",
+    "prompt": "photo of a person",
+    "blocks": "all",
+}
 
 
 @pytest.fixture(autouse=True)

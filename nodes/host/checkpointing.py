@@ -1,0 +1,72 @@
+"""Gradient checkpointing: blocks are computed twice, so that not all of them need be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.patcher_extension import PatcherInjection
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_lists = (
+    "joint_blocks",
+    "double_blocks",
+    "single_blocks",
+    "transformer_blocks",
+    "layers",
+    "blocks",
+)
+"""Names of the lists in which transformers have their blocks."""
+
+
+def checkpointed(network: nn.Module) -> PatcherInjection:
+    """An injection by which the blocks of a network of one's own forget what they computed."""
+    blocks = list(_blocks(network))
+    originals = [block.forward for block in blocks]
+
+    def inject(_patcher: Any) -> None:
+        for block, forward in zip(blocks, originals, strict=True):
+            block.forward = _forgetting(forward)
+
+    def eject(_patcher: Any) -> None:
+        for block in blocks:
+            # The class's own forward is seen again.
+            vars(block).pop("forward", None)
+
+    return PatcherInjection(inject=inject, eject=eject)
+
+
+def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    lists = [getattr(network, name, None) for name in _lists]
+    found = [block for blocks in lists if isinstance(blocks, nn.ModuleList) for block in blocks]
+    if found:
+        yield from found
+        return
+    for module in network.modules():
+        if isinstance(module, BasicTransformerBlock | ResBlock):
+            yield module
+
+
+def _forgetting(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        names = [name for name, value in kwargs.items() if torch.is_tensor(value)]
+        places = [place for place, value in enumerate(args) if torch.is_tensor(value)]
+
+        def again(*tensors: Tensor) -> Any:
+            # Blocks add to their inputs in place, which are needed unchanged the second time.
+            copies = iter([t.clone() for t in tensors])
+            positional = list(args)
+            for place in places:
+                positional[place] = next(copies)
+            return forward(*positional, **{**kwargs, **{name: next(copies) for name in names}})
+
+        tensors = [*(args[place] for place in places), *(kwargs[name] for name in names)]
+        if not any(t.requires_grad for t in tensors):
+            return forward(*args, **kwargs)
+        return checkpoint(again, *tensors, use_reentrant=True, preserve_rng_state=False)
+
+    return run
