@@ -180,7 +180,7 @@ def test_masks_of_both_count(p2p: ModuleType) -> None:
     v[:, :, 0] = 1
     found = p2p.edited_attention(own, source, v, edit_of(p2p), SCALE)
     assert not found[:, :, 2:5].any()
-    expected = softmax(*source[:2], dimmed).float()[..., :1].expand(-1, -1, -1, 3).clone()
+    expected = softmax(source.q, source.k, dimmed).float()[..., :1].expand(-1, -1, -1, 3).clone()
     expected[:, :, 2:5] = 0
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
