@@ -259,3 +259,42 @@ def test_each_row_has_its_own_weight(attention: ModuleType) -> None:
     found = attention.blended_values(values, recorded, weight)
     assert torch.equal(found[0], values[0])
     assert torch.equal(found[1], recorded[1])
+
+
+@dtypes
+def test_confined_keys_have_no_weight_outside_and_their_share_inside(
+    attention: ModuleType, dtype: torch.dtype
+) -> None:
+    q, k = (
+        randn(seed, 2, 3, length, 8, dtype=dtype).float() * 9 for seed, length in ((1, 7), (2, 5))
+    )
+    inside = torch.tensor([[0, 0.25, 1, 1], [1, 0, 0, 0.5]], dtype=dtype)
+    bias = attention.confining_bias(inside, 2, [1, 4], [0], (7, 5))
+    assert bias.dtype == dtype
+    assert bias.isfinite().all()
+    shares = torch.zeros(2, 7).index_fill(1, torch.tensor([0]), 1)
+    shares[:, 2:6] = inside.float()
+    weights = (q @ k.mT).double().softmax(-1)
+    weights[..., [1, 4]] *= shares[:, None, :, None]
+    found = (q @ k.mT + bias[:, None].float()).double().softmax(-1)
+    torch.testing.assert_close(found, weights / weights.sum(-1, keepdim=True), rtol=2e-2, atol=1e-6)
+    assert (found[..., [1, 4]][(shares == 0)[:, None].expand(2, 3, 7)] == 0).all()
+    # Also where a backend takes keys in chunks, of which one may hold these keys only.
+    assert bias[..., [1, 4]].softmax(-1).isfinite().all()
+
+
+def test_masks_of_all_forms_go_with_a_bias(attention: ModuleType) -> None:
+    bias = randn(3, 2, 1, 4, 5)
+    added = randn(4, 2, 4, 5)
+    with_bias = attention.with_bias
+    assert with_bias(None, bias) is bias
+    assert torch.equal(with_bias(added[0], bias), bias + added[0])
+    assert torch.equal(with_bias(added[:, :1], bias), bias + added[:, None, :1])
+    assert torch.equal(with_bias(added[:, None], bias), bias + added[:, None])
+    lowest = torch.finfo(torch.float32).min
+    seen = added > 0
+    found = with_bias(seen, bias)
+    assert torch.equal(found[seen[:, None]], bias[seen[:, None]])
+    assert (found[~seen[:, None]] == lowest / 2).all()
+    both = with_bias(torch.full((4, 5), -torch.inf), torch.full((2, 1, 4, 5), lowest / 2))
+    assert both.isfinite().all()

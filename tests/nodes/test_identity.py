@@ -116,9 +116,8 @@ def test_several_identities_act_together(tiny_model: TinyModel, ann: Any) -> Non
     left[..., :4] = 1
     first = apply(model, ann, mask=left)
     both = apply(first[0], bea, first[1], mask=1 - left)
-    turned = apply(
-        *(apply(model, bea, mask=1 - left)[i] for i in (0,)), ann, apply(model, bea)[1], mask=left
-    )
+    second = apply(model, bea, mask=1 - left)
+    turned = apply(second[0], ann, second[1], mask=left)
     text = "<ann> and <bea> on a beach"
     assert torch.allclose(velocity(*both, text), velocity(*turned, text), atol=1e-5)
     assert torch.equal(velocity(*both, "a hat"), velocity(*first, "a hat"))

@@ -67,7 +67,7 @@ def identity(
     """The only one in models/identities."""
     import folder_paths
 
-    entry = ([str(tmp_path)], set())
+    entry: tuple[list[str], set[str]] = ([str(tmp_path)], set())
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "identities", entry)
     monkeypatch.delitem(folder_paths.filename_list_cache, "identities", raising=False)
     files, kind = pack.nodes.host.identity_files, pack.nodes.host.identity.Identity
