@@ -9,15 +9,24 @@ from comfy_api.latest import io, ui
 
 from .host import arguments, lessons, phrases, progress, widgets
 from .host.identity import require_name
-from .host.learning import LearningSettings
+from .host.learning_settings import LearningSettings
 
 usual_attributes = (
     "hair, smile, makeup, age, glasses, hat, beard, lips, skin, eyes, expression, clothes"
 )
 """What edits of portraits change."""
 _taken = (
-    *("token_steps", "token_rate", "steps", "rate", "rank", "batch", "orthogonality", "weighting"),
-    *("vectors", "update_every", "outside_weight", "preview_every", "seed"),
+    *(
+        "token_steps",
+        "token_rate",
+        "steps",
+        "rate",
+        "rank",
+        "batch",
+        "orthogonality",
+        "preservation",
+    ),
+    *("weighting", "vectors", "update_every", "outside_weight", "preview_every", "seed"),
 )
 """Widgets that are settings as they are."""
 _precisions = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -203,6 +212,17 @@ def _losses() -> list[io.Input]:
             max=100.0,
             step=0.01,
             tooltip="How strongly the word is kept apart from the attributes. 0 = not at all.",
+        ),
+        io.Float.Input(
+            "preservation",
+            default=1.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip=(
+                "How strongly the model's response to the prompt's other words is kept, so that "
+                "they can still be changed. 0 = not at all, and faster."
+            ),
         ),
         io.Boolean.Input(
             "confine_word",

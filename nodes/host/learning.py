@@ -6,11 +6,10 @@ word, kept orthogonal to attribute words, whose attention is confined to the per
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -28,95 +27,30 @@ from ...kernels import identity as losses
 from ...kernels import masks
 from . import confining, families, training, word_learning, words
 from .identity import Identity
+from .learning_settings import LearningSettings, Lesson, Picture
 from .progress import show
 
-log = logging.getLogger(__name__)
-
-Weighting = Literal["uniform", "logit-normal"]
 preview_level = 0.25
 """Part of the schedule that lies before the noise level of previews."""
 
 
 @dataclass(frozen=True)
-class LearningSettings:
-    """How an identity is learned.
+class _Sample:
+    """Noised copies of a picture: latents as the sampler sees them, their sigmas, the goal."""
 
-    Attributes:
-        name: of the word, `<name>` in prompts.
-        class_word: what it is an instance of.
-        start_word: whose embeddings the word's vectors start from.
-        attributes: words that shall stay free to be changed.
-        vectors: of the word, in each text encoder.
-        token_steps: steps in which only the word is learned.
-        token_rate: Adam's rate for the word, in parts of its size; 0 = it stays as it starts.
-        steps: steps in which the model is changed too.
-        rate: Adam's rate for the low-rank change.
-        rank: of the change.
-        batch: noised copies of a picture in each step.
-        update_every: steps between updates of the word.
-        orthogonality: weight of the loss that keeps the word apart from the attributes.
-        weighting: which noise levels are drawn.
-        outside_weight: weight of the picture outside the mask in the loss.
-        confined: whether the word is seen inside the mask only.
-        precision: in which the model computes; None = as it comes.
-        saves_memory: whether blocks are computed twice instead of kept.
-        preview_every: steps between previews; 0 = none.
-        seed: of noise, noise levels and the change's first values.
-    """
-
-    name: str
-    class_word: str
-    start_word: str
-    attributes: tuple[str, ...] = ()
-    vectors: int = 1
-    token_steps: int = 100
-    token_rate: float = 0.02
-    steps: int = 300
-    rate: float = 1e-3
-    rank: int = 8
-    batch: int = 4
-    update_every: int = 5
-    orthogonality: float = 0.1
-    weighting: Weighting = "uniform"
-    outside_weight: float = 1.0
-    confined: bool = True
-    precision: torch.dtype | None = None
-    saves_memory: bool = True
-    preview_every: int = 25
-    seed: int = 0
-
-    @property
-    def total(self) -> int:
-        """Steps of both phases."""
-        return self.token_steps + self.steps
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What is learned from.
-
-    Attributes:
-        latent: (1, C, [T,] H, W), as VAE Encode gives it.
-        prompt: describes it, with `<name>` in it.
-        mask: (1, h, w) in [0, 1], where the person is, or None.
-    """
-
+    clean: Tensor
     latent: Tensor
-    prompt: str
-    mask: Tensor | None = None
+    sigma: Tensor
 
+    @classmethod
+    def of(cls, sampling: Any, clean: Tensor, noise: Tensor, sigma: Tensor) -> _Sample:
+        """Noise clean latents as a model's sampling does."""
+        shaped = sigma.view(-1, *[1] * (clean.ndim - 1))
+        return cls(clean, sampling.noise_scaling(shaped, noise, clean), sigma)
 
-@dataclass
-class Lesson:
-    """What has been learned so far, and how it went.
-
-    Attributes:
-        losses: of each step, the noise's or velocity's mean squared error.
-        cosines: mean |cos| between the word and the attributes, at each update of the word.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    cosines: list[float] = field(default_factory=list)
+    def part(self, rows: slice) -> _Sample:
+        """Some of them."""
+        return _Sample(self.clean[rows], self.latent[rows], self.sigma[rows])
 
 
 class Learner(comfy.samplers.Sampler):
@@ -148,7 +82,9 @@ class Learner(comfy.samplers.Sampler):
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._encoded: dict[str, word_learning.EncodedPrompt] = {}
         self._apart: dict[str, tuple[Tensor, Tensor]] = {}
-        self._taps: dict[int, dict[str, Any]] = {}
+        self._taps: dict[tuple, dict[str, Any]] = {}
+        self._plain_prompts: dict[str, list[Any]] = {}
+        self._varied: dict[str, str | None] = {}
 
     def run(self) -> None:
         """Learn.
@@ -162,7 +98,8 @@ class Learner(comfy.samplers.Sampler):
         first = self.pictures[0]
         guider = comfy.samplers.CFGGuider(self.trainee.model)
         with torch.no_grad():
-            guider.inner_set_conds({"positive": self._conditioning(self._encode(first.prompt))})
+            prompt = self._guided(self._encode(first.prompt).conditioning)
+            guider.inner_set_conds({"positive": prompt})
         sigmas = torch.tensor([1.0, 0.0])
         latent = first.latent.clone()
         guider.sample(torch.zeros_like(latent), latent, self, sigmas, seed=self.settings.seed)
@@ -202,6 +139,7 @@ class Learner(comfy.samplers.Sampler):
             with allow_mutation_on_saved_tensors():
                 if self.settings.token_rate:
                     self._encoded.clear()
+                self._varied.clear()
                 for step in steps:
                     comfy.model_management.throw_exception_if_processing_interrupted()
                     self._step(step)
@@ -220,8 +158,11 @@ class Learner(comfy.samplers.Sampler):
         settings, phase_two = self.settings, step >= self.settings.token_steps
         picture = self.pictures[self._drawn(len(self.pictures))]
         prompt = self._encode(picture.prompt)
-        loss = self._loss(picture, prompt)
-        loss.backward()
+        sample = self._noised(picture)
+        predicted = self._denoised(picture, prompt, sample)
+        loss = losses.prediction_error(
+            predicted, sample.clean, sample.sigma, self._weight(picture, sample)
+        ).mean()
         value = float(loss.detach())
         if not math.isfinite(value):
             rates = "rate and token_rate" if phase_two else "token_rate"
@@ -230,6 +171,11 @@ class Learner(comfy.samplers.Sampler):
                 f"{rates}, or choose fp32 in precision"
             )
         self.lesson.losses.append(value)
+        if phase_two and settings.preservation:
+            part = slice(step % 2, None, 2) if settings.batch > 1 else slice(None)
+            kept = self._response_error(picture, sample.part(part), predicted[part].detach())
+            loss = loss + settings.preservation * kept
+        loss.backward()
         if phase_two and self._optimizer is not None:
             done = (step - settings.token_steps) / settings.steps
             _set_rate(self._optimizer, settings.rate * _remaining(done))
@@ -238,53 +184,87 @@ class Learner(comfy.samplers.Sampler):
             self._optimizer.zero_grad()
         self._report(step, picture, prompt)
 
-    def _loss(self, picture: Picture, prompt: word_learning.EncodedPrompt) -> Tensor:
+    def _noised(self, picture: Picture) -> _Sample:
         settings, sampling = self.settings, self._model.model_sampling
-        latent = self._clean(picture).expand(settings.batch, *picture.latent.shape[1:])
+        clean = self._clean(picture).expand(settings.batch, *picture.latent.shape[1:])
         levels = losses.stratified(settings.batch, self._generator)
         if settings.weighting == "logit-normal":
             levels = losses.logit_normal(levels)
-        sigma = torch.tensor([float(sampling.percent_to_sigma(1 - u)) for u in levels.tolist()])
-        sigma = sigma.to(latent)
-        noise = torch.randn(latent.shape, generator=self._generator).to(latent)
-        x = sampling.noise_scaling(sigma.view(-1, *[1] * (latent.ndim - 1)), noise, latent)
-        predicted = self._denoised(picture, prompt, x, sigma)
-        weight = None
-        if picture.mask is not None and settings.outside_weight != 1:
-            inside = masks.resized(picture.mask.to(latent), *latent.shape[-2:])
-            weight = inside + settings.outside_weight * (1 - inside)
-            weight = weight.view(1, *[1] * (latent.ndim - 3), *weight.shape)[:, :, 0]
-        return losses.prediction_error(predicted.float(), latent, sigma, weight).mean()
+        sigma = [float(sampling.percent_to_sigma(1 - level)) for level in levels.tolist()]
+        noise = torch.randn(clean.shape, generator=self._generator)
+        return _Sample.of(sampling, clean, noise.to(clean), clean.new_tensor(sigma))
+
+    def _weight(self, picture: Picture, sample: _Sample) -> Tensor | None:
+        outside, clean = self.settings.outside_weight, sample.clean
+        if picture.mask is None or outside == 1:
+            return None
+        inside = masks.resized(picture.mask.to(clean), *clean.shape[-2:])
+        weight = inside + outside * (1 - inside)
+        return weight.reshape(1, *[1] * (clean.ndim - 3), *weight.shape[-2:])
 
     def _clean(self, picture: Picture) -> Tensor:
-        latent = picture.latent.clone().to(self.trainee.model.load_device, torch.float32)
+        latent = picture.latent.to(self.trainee.model.load_device, torch.float32)
         return self._model.process_latent_in(latent)
 
+    def _response_error(self, picture: Picture, sample: _Sample, predicted: Tensor) -> Tensor:
+        """How differently the model with the identity responds to a change of other words.
+
+        Words of the prompt are left out or added, the same with and without identity: the
+        prediction has to move as that of the unchanged model does. Without this, one picture is
+        learned by heart, with all that the prompt names.
+        """
+        name = self.settings.name
+        if picture.prompt not in self._varied:
+            found = word_learning.variations(picture.prompt, name, self.settings.attributes)
+            self._varied[picture.prompt] = found[self._drawn(len(found))] if found else None
+        varied = self._varied[picture.prompt]
+        if varied is None:
+            return predicted.new_zeros(())
+        with self.trainee.unchanged():
+            plain, other = (
+                self._call(self._plain(text), sample, self._options)
+                for text in (picture.prompt, varied)
+            )
+        found = self._denoised(picture, self._encode(varied), sample)
+        return losses.prediction_error(found, predicted + other - plain, sample.sigma).mean()
+
+    def _plain(self, text: str) -> list[Any]:
+        """The conditioning of a prompt without the learned word."""
+        text = word_learning.without_word(text, self.settings.name)
+        if text not in self._plain_prompts:
+            self._plain_prompts[text] = self._guided(word_learning.plain(self.clip, text))
+            training.load(self.trainee.model)
+        return self._plain_prompts[text]
+
     def _denoised(
-        self, picture: Picture, prompt: word_learning.EncodedPrompt, x: Tensor, sigma: Tensor
+        self, picture: Picture, prompt: word_learning.EncodedPrompt, sample: _Sample
     ) -> Tensor:
-        conds = {"positive": comfy.sampler_helpers.convert_cond(self._conditioning(prompt))}
-        conds = comfy.samplers.process_conds(self._model, x[:1], conds, x.device, x[:1])
         options = self._confined(picture, prompt)
+        return self._call(self._guided(prompt.conditioning), sample, options)
+
+    def _call(self, prompt: list[Any], sample: _Sample, options: dict[str, Any]) -> Tensor:
+        x = sample.latent
+        conds = {"positive": comfy.sampler_helpers.convert_cond(prompt)}
+        conds = comfy.samplers.process_conds(self._model, x[:1], conds, x.device, x[:1])
         given = [conds["positive"]]
-        return comfy.samplers.calc_cond_batch(self._model, given, x, sigma, options)[0]
+        return comfy.samplers.calc_cond_batch(self._model, given, x, sample.sigma, options)[0]
 
     def _confined(self, picture: Picture, prompt: word_learning.EncodedPrompt) -> dict[str, Any]:
         """Options of a model call in which the word is seen inside the mask only."""
         if picture.mask is None or not self.settings.confined:
             return self._options
         kind, inner = WrappersMP.APPLY_MODEL, self._options["transformer_options"]
-        if id(picture) not in self._taps:
-            length = prompt.conditioning[0][0].shape[1]
-            place = confining.Confinement(prompt.rows, length, picture.mask)
-            self._taps[id(picture)] = confining.confined_rows(self.trainee.source, place).wrappers
-        wrappers = {**inner.get("wrappers", {}), kind: self._taps[id(picture)][kind]}
+        place = id(picture), prompt.rows, prompt.conditioning[0][0].shape[1]
+        if place not in self._taps:
+            inside = confining.Confinement(*place[1:], picture.mask)
+            self._taps[place] = confining.confined_rows(self.trainee.source, inside).wrappers
+        wrappers = {**inner.get("wrappers", {}), kind: self._taps[place][kind]}
         return {**self._options, "transformer_options": {**inner, "wrappers": wrappers}}
 
-    def _conditioning(self, prompt: word_learning.EncodedPrompt) -> list[Any]:
+    def _guided(self, prompt: list[Any]) -> list[Any]:
         if not families.has_embedded_guidance(self.trainee.model):
-            return prompt.conditioning
-        return node_helpers.conditioning_set_values(prompt.conditioning, {"guidance": 1.0})
+            return prompt
+        return node_helpers.conditioning_set_values(prompt, {"guidance": 1.0})
 
     def _encode(self, text: str) -> word_learning.EncodedPrompt:
         if text not in self._encoded:
@@ -353,8 +333,8 @@ class Learner(comfy.samplers.Sampler):
             generator = torch.Generator().manual_seed(self.settings.seed)
             noise = torch.randn(latent.shape, generator=generator).to(latent)
             sigma = latent.new_tensor([float(sampling.percent_to_sigma(preview_level))])
-            x = sampling.noise_scaling(sigma, noise, latent)
-            denoised = self._denoised(picture, prompt, x, sigma)
+            sample = _Sample.of(sampling, latent, noise, sigma)
+            denoised = self._denoised(picture, prompt, sample)
             return previewer.decode_latent_to_preview_image("JPEG", denoised)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import applying, arguments, families, identity_files, training, word_learning
 from .identity import Identity
-from .learning import Learner, LearningSettings, Lesson, Picture
+from .learning import Learner
+from .learning_settings import LearningSettings, Lesson, Picture
 
 log = logging.getLogger(__name__)
 

@@ -55,9 +55,12 @@ class LowRank(WeightAdapterTrainBase):
         down = torch.rand(rank, inputs, generator=generator) * (2 * bound) - bound
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(torch.zeros(outputs, rank))
+        self.is_on = True
 
     def h(self, x: Tensor, base_out: Tensor) -> Tensor:
         """What is added to the layer's output; ComfyUI's interface."""
+        if not self.is_on:
+            return torch.zeros_like(base_out)
         return F.linear(F.linear(x, self.down.to(x)), self.up.to(base_out))
 
     def weights(self, name: str) -> dict[str, Tensor]:
@@ -85,6 +88,18 @@ class Trainee:
     def parameters(self) -> list[nn.Parameter]:
         """All that can be learned in it."""
         return [p for change in self.changes.values() for p in change.parameters()]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """While this is open, the model is as it was before the training; without gradients."""
+        for change in self.changes.values():
+            change.is_on = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for change in self.changes.values():
+                change.is_on = True
 
     def lora(self) -> dict[str, Tensor]:
         """What was learned, as a LoRA."""

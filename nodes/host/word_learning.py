@@ -158,6 +158,28 @@ def features_in_place(clip: CLIP, prompt: str, name: str, texts: Sequence[str]) 
             yield encode(knowing, prompt.replace(f"<{name}>", f"<{stand_in}>"), stand_in).features
 
 
+def plain(clip: CLIP, text: str) -> Conditioning:
+    """The conditioning of a prompt, without gradients."""
+    with torch.no_grad():
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text), show_pbar=False)
+
+
+def without_word(prompt: str, name: str) -> str:
+    """A prompt without the learned word in it."""
+    return " ".join(prompt.replace(f"<{name}>", " ").split())
+
+
+def variations(prompt: str, name: str, attributes: Sequence[str]) -> list[str]:
+    """The prompt without one of its clauses, or with an attribute behind the learned word."""
+    written, clauses = f"<{name}>", prompt.split(",")
+    without = [
+        ",".join(clauses[:i] + clauses[i + 1 :])
+        for i, clause in enumerate(clauses)
+        if written not in clause
+    ]
+    return without + [prompt.replace(written, f"{written} {text}") for text in attributes]
+
+
 def orthogonality(prompt: EncodedPrompt, attributes: Tensor, class_word: Tensor) -> Tensor:
     """See `kernels.identity.orthogonality_loss`."""
     return losses.orthogonality_loss(prompt.features, attributes, class_word)

@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = dict(
     rank=2,
     batch=2,
     orthogonality=0.1,
+    preservation=1.0,
     confine_word=True,
     outside_weight=1.0,
     weighting="uniform",
@@ -277,7 +278,9 @@ def test_gradients_gathered_are_those_of_a_single_way(pack: ModuleType, host: Ho
 
 def test_word_is_kept_apart_from_attributes(learned: Callable[..., Any]) -> None:
     def cosine(**changed: Any) -> float:
-        report = learned(token_steps=60, steps=0, token_rate=0.1, batch=1, **changed)[3]
+        words = "hair, smile, hat, lips, skin"
+        quick = dict(token_steps=50, steps=0, token_rate=0.1, batch=1, update_every=1)
+        report = learned(attributes=words, **quick, **changed)[3]
         return float(re.search(r"\|cos\| to the attribute words ([\d.]+)", report)[1])
 
     assert cosine(orthogonality=100.0) < 0.03 < cosine(orthogonality=1e-6)
@@ -350,6 +353,39 @@ def test_learns_from_all_kinds_of_pictures(
     assert identity.lora
     assert preview.shape == (1, *shapes[0][1:3], 3)
     assert torch.isfinite(preview).all()
+
+
+def test_response_to_other_words_is_kept(learned: Callable[..., Any], pack: ModuleType) -> None:
+    """The loss of a change that ignores the prompt is what it takes from the response."""
+    variations = pack.nodes.host.word_learning.variations
+    assert variations("a <ann> person, red hat, smiling", "ann", ["old"]) == [
+        "a <ann> person, smiling",
+        "a <ann> person, red hat",
+        "a <ann> old person, red hat, smiling",
+    ]
+    free = learned(preservation=0.0, steps=8)[0]
+    kept = learned(preservation=100.0, steps=8)[0]
+    assert not torch.equal(free.vectors["l"], kept.vectors["l"])
+    assert any(not torch.equal(free.lora[key], kept.lora[key]) for key in free.lora)
+
+
+def test_unchanged_model_is_as_before(tiny_model: TinyModel, pack: ModuleType) -> None:
+    training = pack.nodes.host.training
+    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(5))
+    text, sigma = stock.conditioning(1)[0][0], torch.tensor([0.5])
+
+    def output(patcher: Any) -> Tensor:
+        return patcher.model.apply_model(x, sigma, c_crossattn=text, transformer_options={})
+
+    with training.in_training(tiny_model("sd3_bare"), 4, 1) as trainee, torch.no_grad():
+        before = output(trainee.model)
+        for change in trainee.changes.values():
+            change.up.data += 0.2
+        changed = output(trainee.model)
+        with trainee.unchanged():
+            assert torch.equal(output(trainee.model), before)
+        assert torch.equal(output(trainee.model), changed)
+    assert not torch.equal(before, changed)
 
 
 def test_transparent_places_are_white(learned: Callable[..., Any], picture: Tensor) -> None:
