@@ -276,6 +276,7 @@ class NullTextInversion:
         sampling = self.model.get_model_object("model_sampling")
         # Published schedules round the highest noise level.
         rising = sorted(checked_schedule(sigmas, 1.01 * float(sampling.sigma_max)))
+        tuned = gradients.differentiable(self.model)
         steps = len(rising) - 1
         total = steps * (self.settings.inner_steps + 2)
         preview = latent_preview.prepare_callback(self.model, total)
@@ -291,7 +292,7 @@ class NullTextInversion:
         noise = self._leading_noise(recorded, falling[0])
         optimisation = NullTextOptimisation(recorded, self.settings, progress)
         guider = NullTextGuider(
-            gradients.differentiable(self.model),
+            tuned,
             self.source,
             self.negative,
             self.guidance,
