@@ -14,9 +14,20 @@ def differentiable(model: ModelPatcher) -> ModelPatcher:
     ComfyUI loads weights in inference mode, and autograd refuses to keep those. Here every call
     works with copies, which live as long as the gradients of that call: as much memory as a copy of
     the model, but nothing is loaded again, quantised weights and other packs' patches go along.
+    Only weights that ComfyUI moves in and out of the graphics card while it computes (dynamic VRAM)
+    are loaded a second time, to stay where they are.
+
+    Raises:
+        ValueError: with dynamic VRAM, a loader that cannot load the model again.
     """
-    clone = model.clone()
-    for name, module in model.model.diffusion_model.named_modules():
+    if model.is_dynamic() and model.cached_patcher_init is None:
+        raise ValueError(
+            "model comes from a loader that cannot load it a second time, which gradients need: "
+            "use Load Checkpoint or Load Diffusion Model, or start ComfyUI with "
+            "--disable-dynamic-vram"
+        )
+    clone = model.clone(disable_dynamic=True)
+    for name, module in clone.model.diffusion_model.named_modules():
         if not hasattr(module, "weight_function"):
             continue
         for parameter in ("weight", "bias"):
