@@ -7,7 +7,7 @@ from comfy_execution.graph_utils import GraphBuilder
 from torch import Tensor
 
 from ..kernels.solvers import Trend
-from .host import arguments, expanding, layouts, progress, sculpting, values, widgets
+from .host import arguments, expanding, layouts, progress, recording, sculpting, values, widgets
 from .host.expanding import Link
 from .host.inversion import Method, SolverSettings
 from .host.inversion import Trajectory as TrajectoryValue
@@ -42,7 +42,7 @@ class RecordValues(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(values.PRECISIONS),
+                    options=list(recording.PRECISIONS),
                     default="fp16",
                     tooltip="How values are stored. fp8 halves the memory of fp16.",
                 ),
@@ -71,13 +71,13 @@ class RecordValues(io.ComfyNode):
         blocks: str,
         start: float,
         end: float,
-        tokens: values.Tokens,
-        precision: values.Precision,
+        tokens: recording.Tokens,
+        precision: recording.Precision,
         device: str,
         limit_gb: float,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
-        settings = values.RecordSettings(
+        settings = recording.RecordSettings(
             layouts.chosen_blocks(model, blocks),
             *values.window_of(model, start, end),
             tokens,
@@ -85,7 +85,7 @@ class RecordValues(io.ComfyNode):
             device == "GPU",
             limit_gb * 1e9,
         )
-        return io.NodeOutput(values.recording_model(model, settings))
+        return io.NodeOutput(recording.recording_model(model, settings))
 
 
 class InjectValues(io.ComfyNode):
@@ -155,8 +155,7 @@ class InjectValues(io.ComfyNode):
         )
         if trajectory is None:
             return io.NodeOutput(values.sharing_model(model, settings))
-        recording = values.recording_for(model, trajectory, settings)
-        return io.NodeOutput(values.injecting_model(model, settings, recording))
+        return io.NodeOutput(values.injecting_model(model, settings, trajectory))
 
 
 class StructureSampler(io.ComfyNode):
@@ -321,12 +320,12 @@ class StructureDetailEdit(io.ComfyNode):
             prompts = {"source": source, "target": target}
             mask = expanding.add(graph, "PinpointVelocityMask", **prompts, **found).out(0)
         fused = {"blocks": blocks, "start": detail_start, "end": detail_end}
-        recording, editing = model, model
+        recorder, editing = model, model
         if detail_end > detail_start:
-            recording = expanding.add(graph, "PinpointRecordValues", model=model, **fused).out(0)
+            recorder = expanding.add(graph, "PinpointRecordValues", model=model, **fused).out(0)
         inverted = graph.node(
             "PinpointInvert",
-            model=recording,
+            model=recorder,
             source=source,
             latent=latent,
             sigmas=sigmas,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Conditioning = list[Any]
 Options = dict[str, Any]
+Conds = Sequence[list[dict] | None]
 GuidanceMode = Literal["auto", "cfg", "embedded"]
 
 
@@ -222,7 +223,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             self._branch(self.conds, target, sigma, self.target_cfg, options),
             self._branch(self.source_conds, source, sigma, self.source_cfg, options),
         ]
-        options = _with_sources(options, branches[1].conds)
+        options = _with_sources(options, branches[1].conds, branches[0].conds)
         predicted = _predict_together if self._can_share_a_call(options) else _predict_apart
         outputs = predicted(self.inner_model, branches, sigma, options)
         # The target last: samplers with CFG++ keep what they saw last.
@@ -276,13 +277,20 @@ class Branch:
         return [self.positive, self.negative]
 
 
-def _with_sources(options: Options, conds: list[list[dict] | None]) -> Options:
+def _with_sources(options: Options, sources: Conds, targets: Conds = ()) -> Options:
     """Options that tell attention handlers which conditionings are the source's."""
     inner = dict(options["transformer_options"])
-    inner[tap.source_key] = frozenset(c["uuid"] for entries in conds for c in entries or ())
+    inner[tap.source_key] = _uuids(sources)
     if values.sharing_key in inner:
-        inner[values.shared_key] = values.SharedValues()
+        # Hooks of guidance may evaluate the target once more, as perturbed attention does.
+        hooks = (f"sampler_{name}_function" for name in ("pre_cfg", "cfg", "post_cfg"))
+        asked_again = any(options.get(hook) for hook in hooks)
+        inner[values.shared_key] = values.SharedValues(_uuids(targets), asked_again)
     return {**options, "transformer_options": inner}
+
+
+def _uuids(conds: Conds) -> frozenset[Any]:
+    return frozenset(c["uuid"] for entries in conds for c in entries or ())
 
 
 def _text_shape(conds: list[dict]) -> list[torch.Size]:

@@ -19,7 +19,7 @@ from ...kernels import flow, solvers
 from . import families
 
 if TYPE_CHECKING:
-    from .values import Recording
+    from .recording import Recording
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from . import families, values
+from . import families, recording
 from .guiding import Conditioning
 from .inversion import (
     FlowSampler,
@@ -65,11 +65,11 @@ class Inversion:
         rising = sorted(checked_schedule(sigmas))
         model = self.model.clone()
         options = model.model_options["transformer_options"]
-        recording, report = self._recording(options, latent, rising)
+        values, report = self._recording(options, latent, rising)
         if report:
             show(report[0])
-        if recording is not None:
-            options[values.recording_key] = recording
+        if values is not None:
+            options[recording.recording_key] = values
         states: list[Tensor] = []
         total = (len(rising) - 1) * (2 if measured else 1)
         progress = _progress(model, total)
@@ -78,7 +78,7 @@ class Inversion:
         clean = states[0] / (1 - rising[0])
         noise = leading_noise(states[-1], clean, rising[-1])
         trajectory = Trajectory(
-            rising[::-1], torch.stack(states[::-1]), noise, families.name(model), recording
+            rising[::-1], torch.stack(states[::-1]), noise, families.name(model), values
         )
         calls = (len(rising) - 1) * calls_per_step[self.settings.method]
         calls += self.settings.method == "FireFlow"
@@ -92,23 +92,19 @@ class Inversion:
 
     def _recording(
         self, options: dict[str, Any], latent: Tensor, rising: list[float]
-    ) -> tuple[values.Recording | None, list[str]]:
-        settings: values.RecordSettings | None = options.get(values.recorder_key)
+    ) -> tuple[recording.Recording | None, list[str]]:
+        settings: recording.RecordSettings | None = options.get(recording.recorder_key)
         if settings is None:
             return None, []
+        text = self._text_tokens(latent) if settings.tokens == "image and text" else 0
         levels = evaluated_sigmas(self.settings.method, rising)
-        cost = settings.cost(self.model, latent, self._text_tokens(latent), levels)
-        if cost > settings.limit:
-            raise ValueError(
-                f"recording would take {cost / 1e9:.2f} GB, its limit is "
-                f"{settings.limit / 1e9:.2f} GB: choose fewer blocks, a shorter part of the steps, "
-                "fp8, or raise limit_gb in Record Values"
-            )
+        cost = settings.cost(self.model, latent, text, levels, rising)
+        settings.require_room(cost)
         if cost == 0:
             raise ValueError(
                 "Record Values has no step of this schedule between its start and end: widen them"
             )
-        return values.Recording(settings), [f"recorded values take {cost / 1e6:.1f} MB"]
+        return recording.Recording(settings), [f"recorded values take {cost / 1e6:.1f} MB"]
 
     def _text_tokens(self, latent: Tensor) -> int:
         """Tokens of the prompt as the model gets them; Flux.2 lengthens short prompts."""

@@ -83,12 +83,12 @@ class ValueSize:
     Attributes:
         tokens: of the picture.
         width: of all heads together.
-        joint: whether the prompt's tokens are among them.
+        text: the prompt's tokens among them.
     """
 
     tokens: int
     width: int
-    joint: bool
+    text: int
 
 
 @dataclass(frozen=True)
@@ -138,22 +138,24 @@ def _joint(model: nn.Module, shape: Shape) -> Place | None:
     return Place(block, "joint", slice(text, text + tokens), slice(0, text), grid)
 
 
+def _padded(model: nn.Module, length: int) -> int:
+    """Tokens with the padding that Z-Image puts behind a text or a picture."""
+    multiple = getattr(model, "pad_tokens_multiple", None) or 1
+    return math.ceil(length / multiple) * multiple
+
+
 def _lumina(model: nn.Module, shape: Shape) -> Place | None:
     """[references' texts, text, (references,) picture, padding]; its refiners name no block."""
     if shape.options.get("block_type") is None:
         return None
     grid = _grid(model, shape.latent)
-    tokens, multiple = math.prod(grid), model.pad_tokens_multiple or 1
-
-    def padded(length: int) -> int:
-        return math.ceil(length / multiple) * multiple
-
-    start = shape.queries - padded(tokens)
+    tokens = math.prod(grid)
+    start = shape.queries - _padded(model, tokens)
     references = len(shape.given.get("ref_latents", ()))
     texts = [text.shape[1] for text in shape.given.get("ref_contexts", ())][:references]
     # A reference without a text has one token of padding in its place, padded.
-    first = sum(map(padded, texts + [1] * (references - len(texts))))
-    text = slice(first, first + padded(shape.given["c_crossattn"].shape[1]))
+    first = sum(_padded(model, length) for length in texts + [1] * (references - len(texts)))
+    text = slice(first, first + _padded(model, shape.given["c_crossattn"].shape[1]))
     if start < text.stop:
         return None
     block = Block("layer", shape.options["block_index"])
@@ -261,14 +263,18 @@ def blocks_of(model: ModelPatcher) -> list[Block]:
     return layout_of(model).blocks(model.model.diffusion_model)
 
 
-def value_sizes(model: ModelPatcher, latent: tuple[int, ...]) -> dict[Block, ValueSize]:
-    """How many values each block has for a latent of shape (B, C, [T,] H, W)."""
+def value_sizes(model: ModelPatcher, latent: tuple[int, ...], text: int) -> dict[Block, ValueSize]:
+    """How many values each block has.
+
+    Args:
+        latent: its shape, (B, C, [T,] H, W).
+        text: tokens of the prompt as the model is given them.
+    """
     layout, network = layout_of(model), model.model.diffusion_model
     if layout.width is None:
         return _unet_sizes(network, latent)
-    size = ValueSize(
-        math.prod(_grid(network, latent)), layout.width(network), layout.place is not _wan
-    )
+    joined = 0 if layout.place is _wan else _padded(network, text)
+    size = ValueSize(math.prod(_grid(network, latent)), layout.width(network), joined)
     return dict.fromkeys(layout.blocks(network), size)
 
 
@@ -282,7 +288,7 @@ def _unet_sizes(model: nn.Module, latent: tuple[int, ...]) -> dict[Block, ValueS
         down.append(rows * columns)
     tokens = {"input": down, "middle": down[-1:], "output": down[::-1]}
     return {
-        block: ValueSize(tokens[block.kind][block.index], module.attn1.to_v.out_features, False)
+        block: ValueSize(tokens[block.kind][block.index], module.attn1.to_v.out_features, 0)
         for block, module in _unet_transformers(model)
     }
 
@@ -303,7 +309,7 @@ def chosen_blocks(model: ModelPatcher, choice: str) -> frozenset[Block]:
         if not found:
             raise ValueError(
                 f"blocks has '{part}', which {families.name(model)} has not: its blocks are "
-                f"{_ranges(blocks)}; write for example all, 67%-100% or a kind with a range"
+                f"{ranges(blocks)}; write for example all, 67%-100% or a kind with a range"
             )
         chosen |= found
     if not chosen:
@@ -311,8 +317,8 @@ def chosen_blocks(model: ModelPatcher, choice: str) -> frozenset[Block]:
     return frozenset(chosen)
 
 
-def _ranges(blocks: list[Block]) -> str:
-    """All blocks in few words: "double 0-18, single 0-37"."""
+def ranges(blocks: list[Block]) -> str:
+    """Blocks in few words: "double 0-18, single 0-37"."""
     ranges: list[tuple[str, int, int]] = []
     for block in blocks:
         kind, first, last = ranges[-1] if ranges else ("", 0, 0)

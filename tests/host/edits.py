@@ -38,8 +38,8 @@ def soft_ramp(latent: Tensor) -> Tensor:
 
 
 def latent_for(name: str, batch: int = 1, *size: int, seed: int = 31) -> Tensor:
-    """A latent for one of the tiny models; Wan's are 5-D."""
-    frames = (2,) if name == "wan" else ()
+    """A latent for one of the tiny models; Wan's and Qwen-Image's are 5-D."""
+    frames = {"wan": (2,), "qwen": (1,)}.get(name, ())
     channels = {"flux2": 128, "sd15": 4}.get(name, tiny.latent_channels)
     return picture_latent(batch, *frames, *(size or (8, 8)), channels=channels, seed=seed)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -12,10 +14,19 @@ from torch import Tensor
 from . import stock
 from .edits import latent_for, picture_latent
 from .graphs import NodeGraph, Wire
+from .tapping import FAMILIES, ROWS, WORDS
 
 METHODS = ("RF-Solver", "FireFlow", "Euler", "RF-Inversion")
-FLOWS = ("sd3", "sd35", "flux", "schnell", "flux2", "wan")
-"""Tiny flow models."""
+FAMILY_OF = {
+    family.model: family
+    for family in reversed(FAMILIES.values())
+    if family.extras is None and family.channels > 4
+}
+"""Of each tiny flow model, run in the plainest way."""
+FLOWS = tuple(reversed(FAMILY_OF))
+"""Tiny flow models, SD3 first."""
+REFINERS = {"lumina2": 2, "zimage": 2}
+"""Attentions before the first block."""
 
 Attention = Callable[..., Tensor]
 Change = Callable[[int, Tensor], Tensor]
@@ -79,35 +90,40 @@ def inversion_for(model: Any, name: str, **settings: Any) -> Inversion:
     return Inversion(model, **{"latent": latent_for(name), **settings})
 
 
+def node(class_type: str, **inputs: Any) -> Any:
+    """First output of one of the pack's nodes; widgets that are not given have their defaults."""
+    # To a type checker, a plain import of `nodes` would be of our own.
+    nodes: Any = importlib.import_module("nodes")
+    widgets = nodes.NODE_CLASS_MAPPINGS[class_type].define_schema().inputs
+    defaults = {w.id: w.default for w in widgets if getattr(w, "default", None) is not None}
+    return stock.call(class_type, **{**defaults, **inputs})[0]
+
+
 def solver(method: str = "RF-Solver", **widgets: Any) -> Any:
     """A SAMPLER from the Flow Solver node, with the node's defaults."""
-    defaults = dict(gamma=0.5, eta=0.9, eta_start=0.0, eta_end=0.35, eta_trend="constant")
-    return stock.call("PinpointFlowSolver", method=method, **{**defaults, **widgets})[0]
+    return node("PinpointFlowSolver", method=method, **widgets)
 
 
 def structure(trajectory: Any, mask: Tensor, **widgets: Any) -> Any:
     """A SAMPLER from the Structure Sampler node, with the node's defaults but Euler."""
-    defaults = dict(method="Euler", start=0.0, end=1.0, strength=1.0, trend="constant", anchor=True)
-    return stock.call(
-        "PinpointStructureSampler", trajectory=trajectory, mask=mask, **{**defaults, **widgets}
-    )[0]
+    wires = {"trajectory": trajectory, "mask": mask}
+    return node("PinpointStructureSampler", **wires, **{"method": "Euler", **widgets})
 
 
 def recording(model: Any, **widgets: Any) -> Any:
     """A MODEL from the Record Values node; everything is recorded, exactly, if not told else."""
-    defaults = dict(blocks="all", start=0.0, end=1.0, tokens="image", precision="fp32")
-    defaults |= dict(device="CPU", limit_gb=1.0)
-    return stock.call("PinpointRecordValues", model=model, **{**defaults, **widgets})[0]
+    everything = dict(blocks="all", start=0.0, end=1.0, precision="fp32", limit_gb=1.0)
+    return node("PinpointRecordValues", model=model, **{**everything, **widgets})
 
 
 def injecting(
     model: Any, trajectory: Any = None, mask: Tensor | None = None, **widgets: Any
 ) -> Any:
     """A MODEL from the Inject Values node; everything is injected if not told else."""
-    defaults = dict(blocks="all", start=0.0, end=1.0, strength=1.0, trend="constant")
+    everything = dict(blocks="all", start=0.0, end=1.0)
     optional = {"trajectory": trajectory, "mask": mask}
     wired = {name: thing for name, thing in optional.items() if thing is not None}
-    return stock.call("PinpointInjectValues", model=model, **wired, **{**defaults, **widgets})[0]
+    return node("PinpointInjectValues", model=model, **wired, **{**everything, **widgets})
 
 
 def guider_for(model: Any, prompt: stock.Conditioning) -> Any:
@@ -237,15 +253,20 @@ class PicturesValues(NamedTuple):
     """A mask over these tokens."""
 
 
-def values_of_picture(name: str, mask: Tensor, words: int = 12) -> PicturesValues:
+def values_of_picture(name: str, mask: Tensor, words: int = WORDS) -> PicturesValues:
     """What `mask`, one row at a latent's size, is for the values of a tiny model."""
-    cell = 1 if name == "flux2" else 2
+    family, latent = FAMILY_OF[name], latent_for(name)
+    cell = math.ceil(ROWS / family.grid[1])
     tokens = mask[:, None].unfold(2, cell, cell).unfold(3, cell, cell).mean((-2, -1)).flatten()
-    # Wan's self-attentions come before its cross-attentions; SD3.5-medium's second is not used.
-    attentions = {"wan": (0, 2), "sd35": (0, 2)}.get(name, (0, 1))
-    if name == "wan":
-        return PicturesValues(attentions, slice(0, 2 * len(tokens)), tokens.repeat(2))
-    start = 512 if name == "flux2" else words
+    if latent.ndim == 5:
+        tokens = tokens.repeat(latent.shape[2])
+    # SD3.5-medium's second attention of a block is not used.
+    attentions = tuple(
+        number + REFINERS.get(name, 0)
+        for number, seen in enumerate(family.seen)
+        if seen.endswith("joint") or ("layer" in seen and seen.endswith("self"))
+    )
+    start = words if family.start == WORDS else family.start
     return PicturesValues(attentions, slice(start, start + len(tokens)), tokens)
 
 

@@ -30,7 +30,6 @@ from host.inversions import (
     recording,
     sample,
     solver,
-    structure,
 )
 from host.prompts import PromptFailed, PromptInterrupted
 
@@ -181,15 +180,15 @@ def fused_edit(model: Any) -> tuple[NodeGraph, Wire]:
 @pytest.fixture
 def recordings(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
     """Every recording that is made."""
-    made, values = [], pack.nodes.host.values
-    real = values.Recording
+    made, recorder = [], pack.nodes.host.recording
+    real = recorder.Recording
 
     def make(settings: Any) -> Any:
         recording = real(settings)
         made.append(weakref.ref(recording))
         return recording
 
-    monkeypatch.setattr(values, "Recording", make)
+    monkeypatch.setattr(recorder, "Recording", make)
     return made
 
 
@@ -312,17 +311,22 @@ def test_noise_of_another_size(tiny_model: TinyModel) -> None:
 
 def test_values_that_cannot_be(tiny_model: TinyModel) -> None:
     model = tiny_model("flux")
-    job = inversion_for(recording(model, blocks="double", start=0.2, end=0.5), "flux")
+    part = dict(blocks="double", start=0.2, end=0.5)
+    job = inversion_for(recording(model, **part), "flux")
     way = job.run()[2]
 
     def edited(latent: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        injected = injecting(model, way, mask)
+        injected = injecting(model, way, mask, **part)
         latent = job.latent if latent is None else latent
         return sample(injected, latent, solver("Euler"), sigmas=torch.tensor((0.9, 0.4, 0.0)))
 
-    refused("none of the recorded blocks", lambda: injecting(model, way, blocks="single"))
-    refused("outside the recorded part", lambda: injecting(model, way, start=0.6, end=0.9))
-    refused("outside the recorded part", lambda: injecting(model, way, end=0.1))
+    for blocks in ("single", "all"):
+        says = "blocks has single 0, of which the trajectory holds no values: give Record Values"
+        refused(says, partial(injecting, model, way, **{**part, "blocks": blocks}))
+    for start, end in ((0.6, 0.9), (0.0, 0.1), (0.0, 1.0), (0.2, 1.0)):
+        given = {**part, "start": start, "end": end}
+        says = "start and end reach outside the recorded part"
+        refused(says, partial(injecting, model, way, **given))
     refused("holds no attention values", lambda: injecting(model, replace(way, values=None)))
     refused("made with Flux, the model is SD3", lambda: injecting(tiny_model("sd3"), way))
     refused("start is 0.5 and end 0.5", lambda: injecting(model, way, start=0.5, end=0.5))
@@ -351,5 +355,3 @@ def test_trajectories_between_and_beyond_their_levels(tiny_model: TinyModel) -> 
     for sigma, expected in between.items():
         torch.testing.assert_close(way.at(sigma, like=low), expected, rtol=0, atol=1e-6)
     assert torch.equal(way.at(0.5 + 1e-9, like=low), middle)
-    sampler = structure(way, torch.zeros(1, 8, 8))
-    assert sampler.way is way

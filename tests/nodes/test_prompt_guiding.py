@@ -356,8 +356,8 @@ def test_what_a_step_shares_goes_with_it(
     family, made, values = FAMILIES["SD1.5"], [], pack.nodes.host.values
     real, count = values.SharedValues, iter(range(100))
 
-    def make() -> Any:
-        store = real()
+    def make(*given: Any) -> Any:
+        store = real(*given)
         made.append(weakref.ref(store))
         return store
 

@@ -226,7 +226,82 @@ def test_a_sampler_that_asks_for_the_target_alone_is_said(
     assert "nothing was injected: use an Edit Sampler or connect a trajectory" in caplog.text
 
 
-# Nothing left
+# Nothing left, and no more taken than is needed
+
+
+@pytest.fixture
+def stores(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every store of shared values that is made, kept alive."""
+    made, values = [], pack.nodes.host.values
+    real = values.SharedValues
+
+    def make(*given: Any) -> Any:
+        made.append(real(*given))
+        return made[-1]
+
+    monkeypatch.setattr(values, "SharedValues", make)
+    return made
+
+
+def bytes_of(store: Any) -> int:
+    return sum(values.untyped_storage().nbytes() for values in store.kept.values())
+
+
+@models
+def test_one_call_takes_no_memory_and_two_take_the_sources(
+    tiny_model: TinyModel, stores: list[Any], name: str
+) -> None:
+    model, x = injecting(tiny_model(name)), latents(name)
+    asked(edit_guider(model, source(), target()), x)
+    assert bytes_of(stores[-1]) == 0
+    if name == "flux2":
+        return
+    asked(edit_guider(model, source(), target(20)), x)
+    place = values_of_picture(name, torch.zeros(1, 8, 8))
+    width = 256 if name == "zimage" else 128
+    numbers = len(place.attentions) * len(place.mask) * width
+    assert bytes_of(stores[-1]) == 4 * numbers
+
+
+def test_a_target_that_waits_for_another_call_gets_the_sources_values(
+    tiny_model: TinyModel, stores: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is memory for two of three branches."""
+    calls, x = Calls(tiny_model("sd3")), latents("sd3")
+    guider = edit_guider(
+        injecting(calls.model), source(), target(), stock.conditioning(3), 1.0, 4.0
+    )
+    whole = asked(guider, x)
+    assert bytes_of(stores[-1]) == 0
+    bytes_free = calls.model.model.memory_required([2, 16, 8, 8]) * 1.5 * 1.01
+    monkeypatch.setattr(type(calls.model), "get_free_memory", lambda _self, _device: bytes_free)
+    calls.latents.clear()
+    apart = asked(guider, x)
+    assert sorted(len(rows) for rows in calls.latents) == [1, 2]
+    assert bytes_of(stores[-1]) > 0
+    for one, other in zip(apart, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-4)
+
+
+def test_guidance_of_other_packs_can_ask_for_the_target_again(tiny_model: TinyModel) -> None:
+    """As perturbed attention guidance does, in a hook after the guider's call."""
+    import comfy.samplers
+
+    seen: list[Tensor] = []
+
+    def again(args: dict[str, Any]) -> Tensor:
+        (alone,) = comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], args["input"], args["sigma"], args["model_options"]
+        )
+        seen.append((alone - args["denoised"]).abs().max())
+        return args["denoised"]
+
+    model = injecting(tiny_model("sd3")).clone()
+    model.set_model_sampler_post_cfg_function(again)
+    asked(edit_guider(model, source(), target()), latents("sd3"))
+    # Both prompts are guided: the source's own call sees nothing injected either.
+    assert len(seen) == 2
+    assert max(seen) < 2e-4
 
 
 @pytest.fixture
@@ -235,8 +310,8 @@ def shared(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[weakref.re
     made, values = [], pack.nodes.host.values
     real = values.SharedValues
 
-    def make() -> Any:
-        store = real()
+    def make(*given: Any) -> Any:
+        store = real(*given)
         made.append(weakref.ref(store))
         return store
 

@@ -28,6 +28,7 @@ from host.inversions import (
     velocity,
 )
 from host.inversions import injecting as inject
+from host.tapping import FAMILIES, Family
 
 TinyModel = Callable[[str], Any]
 models = pytest.mark.parametrize("name", FLOWS)
@@ -38,12 +39,12 @@ LEVEL = 1
 
 @pytest.fixture
 def recorder(pack: ModuleType) -> ModuleType:
-    return pack.nodes.host.values
+    return pack.nodes.host.recording
 
 
 def recorded(model: Any, name: str, **widgets: Any) -> tuple[Any, Tensor, float]:
     """A trajectory with values, one of its latents, and that one's noise level."""
-    job = inversion_for(recording(model, **widgets), name, method="Euler")
+    job = inversion_for(recording(model, **widgets), name, method="Euler", source=source())
     trajectory = job.run()[2]
     return trajectory, trajectory.latents[LEVEL].clone(), trajectory.sigmas[LEVEL]
 
@@ -161,7 +162,8 @@ def test_only_the_chosen_blocks_are_changed(tiny_model: TinyModel, blocks: str) 
     everything, x, sigma = recorded(model, "flux")
     some = recorded(model, "flux", blocks=blocks)[0]
     found = velocity(inject(model, everything, blocks=blocks), target(), x, sigma)
-    assert torch.equal(velocity(inject(model, some), target(), x, sigma), found)
+    again = inject(model, some, blocks=blocks)
+    assert torch.equal(velocity(again, target(), x, sigma), found)
     kept = Values(model).read(source(), x, sigma)
     changed = {"double": (0,), "0%-50%": (0,), "single": (1,)}.get(blocks, (0, 1))
 
@@ -194,6 +196,64 @@ def test_reference_pictures_keep_their_values(tiny_model: TinyModel) -> None:
         expected = velocity(Values(model).changed(write), told, x, sigma)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert (found - velocity(model, told, x, sigma)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, id=name) for name, f in FAMILIES.items() if "reference" in name]
+)
+@pytest.mark.parametrize("tokens", ["image", "image and text"])
+def test_references_and_their_texts_are_left_alone(
+    tiny_model: TinyModel, family: Family, tokens: str
+) -> None:
+    model = tiny_model(family.model)
+    prompts = [stock.with_values(family.prompt(i, i), guidance=1.0) for i in (1, 2)]
+    marked = recording(model, tokens=tokens, precision="fp16")
+    job = Inversion(marked, family.latent(), source=prompts[0], method="Euler")
+    _, _, trajectory, report = job.run()
+    kept = trajectory.values.bytes
+    assert kept == bytes_of(trajectory.values)
+    assert f"recorded values take {kept / 1e6:.1f} MB" in report
+    job = job.having(model=recording(model, tokens=tokens))
+    trajectory = job.run()[2]
+    x, sigma = trajectory.latents[LEVEL].clone(), trajectory.sigmas[LEVEL]
+    theirs = Values(model).read(prompts[0], x, sigma)
+
+    def write(number: int, own: Tensor) -> Tensor:
+        block, kind = family.seen[number].rsplit(" ", 1)
+        if kind == "cross":
+            return own
+        changed = [*family.image_of(block, kind)]
+        if kind == "joint" and tokens == "image and text":
+            changed += family.text
+        values = own.clone()
+        values[:, :, changed] = theirs[number][:, :, changed]
+        return values
+
+    found = velocity(inject(model, trajectory), prompts[1], x, sigma)
+    expected = velocity(Values(model).changed(write), prompts[1], x, sigma)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # Of what Flux.2's picture sees, most is padding of the prompt.
+    assert (found - velocity(model, prompts[1], x, sigma)).abs().max() > 3e-4
+
+
+def test_a_mask_is_resized_once(
+    pack: ModuleType, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, masks = tiny_model("flux"), pack.nodes.host.values.masks
+    trajectory, x, _ = recorded(model, "flux")
+    real, grids = masks.resized, []
+
+    def resized(mask: Tensor, *size: int) -> Tensor:
+        grids.append(size)
+        return real(mask, *size)
+
+    monkeypatch.setattr(masks, "resized", resized)
+    injected = inject(model, trajectory, torch.zeros(1, 64, 64))
+    for sigma in (0.8, 0.5):
+        velocity(injected, target(), x, sigma)
+    assert grids == [(4, 4)]
+    velocity(injected, target(), x.repeat(2, 1, 1, 1), 0.4)
+    assert grids == [(4, 4)]
 
 
 # When
@@ -247,6 +307,30 @@ def test_the_nearest_noise_level_serves(tiny_model: TinyModel) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_half_a_step_more_than_was_recorded_is_forgiven(tiny_model: TinyModel) -> None:
+    model = tiny_model("schnell")
+    # Schnell's sampling has no shift: the part of the steps is 1 - sigma. Steps of 0.1.
+    schedule = tuple(1 - i / 10 for i in range(11))
+    marked = recording(model, start=0.3, end=0.6)
+    way = inversion_for(marked, "schnell", schedule=schedule, method="Euler").run()[2]
+    inject(model, way, start=0.26, end=0.64)
+    inject(model, way, start=0.4, end=0.5)
+    for part in (dict(start=0.24, end=0.6), dict(start=0.3, end=0.66), {}, dict(start=0.5)):
+        with pytest.raises(ValueError, match="start and end reach outside the recorded part"):
+            inject(model, way, **part)
+
+
+def test_a_sampler_cannot_begin_above_a_trajectory(tiny_model: TinyModel) -> None:
+    model = tiny_model("sd3")
+    job = Inversion(recording(model), schedule=(0.5, 0.4, 0.3, 0.2), method="Euler")
+    injected, x = inject(model, job.run()[2]), latent_for("sd3")
+    for sigma in (0.54, 0.5, 0.2, 0.16):
+        velocity(injected, target(), x, sigma)
+    for sigma in (1.0, 0.56, 0.14):
+        with pytest.raises(ValueError, match=f"noise level {sigma:.3g}, the trajectory goes from"):
+            velocity(injected, target(), x, sigma)
+
+
 # What it costs
 
 
@@ -264,7 +348,7 @@ def test_cost_is_what_is_kept_and_refused_before_the_first_call(
     job = inversion_for(node, name, latent=latent, method=method)
     _, _, trajectory, report = job.run()
     kept = trajectory.values.bytes
-    assert kept > 0
+    assert kept == bytes_of(trajectory.values) > 0
     assert f"recorded values take {kept / 1e6:.1f} MB" in report
     calls = Calls(model)
     exactly = recorder.recording_model(calls.model, replace(settings, limit=kept))
@@ -276,14 +360,87 @@ def test_cost_is_what_is_kept_and_refused_before_the_first_call(
     assert not calls.sigmas
 
 
+@pytest.mark.parametrize(
+    ("length", "overlap", "schedule", "widgets"),
+    [
+        (3, 2, "standard_static", {}),
+        (3, 1, "standard_static", dict(causal_window_fix=True)),
+        (4, 0, "batched", {}),
+        (3, 1, "standard_uniform", dict(context_stride=2)),
+        (3, 1, "looped_uniform", dict(context_stride=2, closed_loop=True)),
+        (9, 0, "standard_static", {}),
+    ],
+)
+def test_every_context_window_is_counted(
+    tiny_model: TinyModel,
+    recorder: ModuleType,
+    length: int,
+    overlap: int,
+    schedule: str,
+    widgets: dict[str, Any],
+) -> None:
+    calls = Calls(tiny_model("wan"))
+    model = recording(in_windows(calls.model, length, overlap, schedule, **widgets), end=0.9)
+    job = Inversion(model, picture_latent(1, 9, 4, 4), method="RF-Solver")
+    _, _, trajectory, report = job.run()
+    kept = trajectory.values.bytes
+    assert kept == bytes_of(trajectory.values)
+    assert f"recorded values take {kept / 1e6:.1f} MB" in report
+    settings = model.model_options["transformer_options"][recorder.recorder_key]
+    below = recorder.recording_model(model, replace(settings, limit=kept - 1))
+    calls.sigmas.clear()
+    with pytest.raises(ValueError, match=r"recording would take .* raise limit_gb"):
+        job.having(model=below).run()
+    assert not calls.sigmas
+
+
+def bytes_of(values: Any) -> int:
+    """What a recording's tensors take, counted one by one."""
+    tensors = [kept.values for levels in values.kept.values() for kept in levels.values()]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_what_no_cost_foresaw_is_refused_at_the_limit(
+    tiny_model: TinyModel, recorder: ModuleType
+) -> None:
+    """Context windows of other packs, for example, are not known beforehand."""
+    model = recording(tiny_model("sd3"))
+    options = model.model_options["transformer_options"]
+    one = 16 * 128 * 4
+    store = recorder.Recording(replace(options[recorder.recorder_key], limit=3.5 * one))
+    options[recorder.recording_key] = store
+    x = latent_for("sd3")
+    velocity(model, source(), x, 0.6)
+    with pytest.raises(ValueError, match=r"recording would take .* raise limit_gb"):
+        velocity(model, source(), x, 0.5)
+    assert store.bytes == bytes_of(store) == 3 * one
+
+
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2), ("bf16", 2), ("fp8", 1)])
 def test_precision_is_bytes(tiny_model: TinyModel, precision: str, size: int) -> None:
     trajectory = recorded(tiny_model("flux"), "flux", precision=precision)[0]
-    # Four levels, two blocks, 16 tokens of 128 numbers.
-    assert trajectory.values.bytes == 4 * 2 * 16 * 128 * size
-    kept = [k.values for levels in trajectory.values.kept.values() for k in levels.values()]
-    # None of them keeps the text's values alive.
-    assert sum(values.untyped_storage().nbytes() for values in kept) == trajectory.values.bytes
+    # Four levels, two blocks, 16 tokens of 128 numbers; the text's values are not kept alive.
+    assert trajectory.values.bytes == 4 * 2 * 16 * 128 * size == bytes_of(trajectory.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [0.0, 1e-5, 1.0, 6e4])
+def test_fp8_keeps_values_of_any_size(
+    pack: ModuleType, recorder: ModuleType, dtype: torch.dtype, size: float
+) -> None:
+    host = pack.nodes.host
+    block, tokens = host.layouts.Block("double", 0), slice(0, 20)
+    call = host.tap.ModelCall((1, 16, 4, 5), [(None, 0)], 0, 0.5, None, {})
+    place = host.layouts.Place(block, "self", tokens, None, (1, 4, 5))
+    values = torch.linspace(-size, size, 20 * 8).view(1, 1, 20, 8).to(dtype)
+    attention = host.tap.Attention(call, place, values, values, values, None, 1.0)
+    settings = recorder.RecordSettings(frozenset([block]), 1.0, 0.0, precision="fp8")
+    store = recorder.Recording(settings)
+    store.keep(attention)
+    found, text = store.nearest(attention)
+    assert text == 0
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, values, rtol=0, atol=size / 16)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -392,14 +549,18 @@ def test_injections_add_up(tiny_model: TinyModel) -> None:
     assert torch.equal(*(velocity(m, target(), x, sigma) for m in (chained, together)))
 
 
+def in_windows(
+    model: Any, length: int, overlap: int, schedule: str = "standard_static", **widgets: Any
+) -> Any:
+    """A video model with ComfyUI's context windows."""
+    settings = dict(context_length=length, context_overlap=overlap, context_schedule=schedule)
+    settings |= dict(context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2)
+    settings |= dict(freenoise=False, causal_window_fix=False)
+    return foreign.node("ContextWindowsManual", **{**settings, **widgets})(model)
+
+
 def test_context_windows_have_values_of_their_own(tiny_model: TinyModel) -> None:
-    windows = foreign.node(
-        "ContextWindowsManual",
-        **dict(context_length=2, context_overlap=1, context_schedule="standard_static"),
-        **dict(context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2),
-        **dict(freenoise=False, causal_window_fix=False),
-    )
-    model = windows(tiny_model("wan"))
+    model = in_windows(tiny_model("wan"), 2, 1)
     job = Inversion(recording(model), picture_latent(1, 3, 8, 8), method="Euler")
     trajectory = job.run()[2]
     x, sigma = trajectory.latents[LEVEL].clone(), trajectory.sigmas[LEVEL]
@@ -409,6 +570,12 @@ def test_context_windows_have_values_of_their_own(tiny_model: TinyModel) -> None
     other = velocity(injected, target(), x, sigma)
     assert (other - velocity(model, target(), x, sigma)).abs().max() > 0.01
     assert {window for _block, window in trajectory.values.kept} == {(0, 1), (1, 2)}
+    says = "no attention values of layer 0 for {}: give .* the same context windows"
+    with pytest.raises(ValueError, match=says.format("all frames at once")):
+        velocity(inject(tiny_model("wan"), trajectory), target(), x, sigma)
+    wide = in_windows(tiny_model("wan"), 2, 0, "batched")
+    with pytest.raises(ValueError, match=says.format("frames 2")):
+        velocity(inject(wide, trajectory), target(), x, sigma)
 
 
 def test_the_source_branch_of_an_edit_keeps_its_own(tiny_model: TinyModel) -> None:

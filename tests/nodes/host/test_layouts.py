@@ -149,15 +149,17 @@ def test_padding_is_on_the_side_that_the_table_says(
 def test_sizes_of_values_are_known_beforehand(
     layouts: ModuleType, tiny_model: TinyModel, look: Callable[..., Witness], family: Family
 ) -> None:
-    sizes = layouts.value_sizes(tiny_model(family.model), tuple(family.latent().shape))
+    seen = look(family).attentions
+    given = tuple(family.latent().shape), seen[0].call.text_length
+    sizes = layouts.value_sizes(tiny_model(family.model), *given)
     assert list(sizes) == layouts.blocks_of(tiny_model(family.model))
-    for attention in look(family).attentions:
+    for attention in seen:
         size, place = sizes[attention.place.block], attention.place
         if place.kind == "cross":
             continue
         assert size.tokens == place.image.stop - place.image.start == math.prod(place.grid)
         assert size.width == attention.v.shape[1] * attention.v.shape[3]
-        assert size.joint or place.kind == "self"
+        assert place.kind == "self" or size.text == len(family.text)
 
 
 # Blocks by name
