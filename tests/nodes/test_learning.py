@@ -46,7 +46,8 @@ LISTS = ("image", "mask", "prompt")
 
 def learn(demo: stock.Demo, model: Any, clip: Any, image: Any, **changed: Any) -> tuple[Any, ...]:
     """Run the node as ComfyUI does: every input is a list."""
-    inputs = {**SETTINGS, "model": model, "clip": clip, "vae": demo.vae, "image": image, **changed}
+    inputs = {**SETTINGS, "model": model, "clip": clip, "vae": demo.vae, "image": image}
+    inputs |= changed
     lists = {k: v if k in LISTS and isinstance(v, list) else [v] for k, v in inputs.items()}
     return stock.call("PinpointLearnIdentity", **lists)
 
@@ -62,7 +63,8 @@ def learned(demo: stock.Demo, tiny_model: TinyModel, picture: Tensor) -> Callabl
     """Learns on a tiny SD3; returns the node's outputs."""
 
     def run(image: Any = picture, **changed: Any) -> tuple[Any, ...]:
-        return learn(demo, tiny_model("sd3_bare"), tiny_clip.clip(), image, **changed)
+        clip = changed.pop("clip", tiny_clip.clip())
+        return learn(demo, tiny_model("sd3_bare"), clip, image, **changed)
 
     return run
 
@@ -283,7 +285,8 @@ def test_word_is_kept_apart_from_attributes(learned: Callable[..., Any]) -> None
         report = learned(attributes=words, **quick, **changed)[3]
         return float(re.search(r"\|cos\| to the attribute words ([\d.]+)", report)[1])
 
-    assert cosine(orthogonality=100.0) < 0.03 < cosine(orthogonality=1e-6)
+    assert cosine(orthogonality=100.0) < 0.1
+    assert cosine(orthogonality=1e-6) > 0.2
 
 
 def test_without_orthogonality_no_attribute_is_read(learned: Callable[..., Any]) -> None:
