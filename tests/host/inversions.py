@@ -45,7 +45,7 @@ class Inversion:
     gamma: float = 0.5
     seed: int = 3
     measure_round_trip: bool = False
-    source: stock.Conditioning = field(default_factory=lambda: stock.conditioning(1))
+    source: stock.Conditioning = field(default_factory=lambda: stock.conditioning(1, guidance=1.0))
     negative: stock.Conditioning | None = None
 
     def having(self, **changes: Any) -> Inversion:

@@ -44,7 +44,7 @@ def recorder(pack: ModuleType) -> ModuleType:
 
 def recorded(model: Any, name: str, **widgets: Any) -> tuple[Any, Tensor, float]:
     """A trajectory with values, one of its latents, and that one's noise level."""
-    job = inversion_for(recording(model, **widgets), name, method="Euler", source=source())
+    job = inversion_for(recording(model, **widgets), name, method="Euler")
     trajectory = job.run()[2]
     return trajectory, trajectory.latents[LEVEL].clone(), trajectory.sigmas[LEVEL]
 
