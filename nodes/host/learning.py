@@ -233,7 +233,7 @@ class Learner(comfy.samplers.Sampler):
         text = word_learning.without_word(text, self.settings.name)
         if text not in self._plain_prompts:
             self._plain_prompts[text] = self._guided(word_learning.plain(self.clip, text))
-            training.load(self.trainee.model)
+            training.load_again(self.trainee.model)
         return self._plain_prompts[text]
 
     def _denoised(
@@ -272,7 +272,7 @@ class Learner(comfy.samplers.Sampler):
             with torch.set_grad_enabled(self.settings.token_rate > 0):
                 name = self.settings.name
                 self._encoded[text] = word_learning.encode(self._knowing, text, name)
-            training.load(self.trainee.model)
+            training.load_again(self.trainee.model)
         return self._encoded[text]
 
     def _update_word(self, steps: range) -> None:

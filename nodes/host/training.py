@@ -106,6 +106,12 @@ class Trainee:
         return {k: t for name, c in self.changes.items() for k, t in c.weights(name).items()}
 
 
+def load_again(model: ModelPatcher) -> None:
+    """Bring a model back after a text encoder may have taken its place on the device."""
+    if not comfy.model_management.is_device_cpu(model.load_device):
+        load(model)
+
+
 @contextmanager
 def in_training(
     model: ModelPatcher,
