@@ -283,7 +283,7 @@ def test_word_is_kept_apart_from_attributes(learned: Callable[..., Any]) -> None
         words = "hair, smile, hat, lips, skin"
         quick = dict(token_steps=25, steps=0, token_rate=0.15, batch=1, update_every=1)
         report = learned(attributes=words, **quick, **changed)[3]
-        return float(re.search(r"\|cos\| to the attribute words ([\d.]+)", report)[1])
+        return number_in(report, r"\|cos\| to the attribute words ([\d.]+)")
 
     assert cosine(orthogonality=100.0) < 0.6 * cosine(orthogonality=1e-6)
 
@@ -309,7 +309,13 @@ def test_outside_of_the_mask_does_not_count_at_weight_0(
 
 def loss_of(outputs: tuple[Any, ...]) -> float:
     """The loss at the end, from the report."""
-    return float(re.search(r"([\d.]+) at the end", outputs[3])[1])
+    return number_in(outputs[3], r"([\d.]+) at the end")
+
+
+def number_in(report: str, pattern: str) -> float:
+    """What a pattern's group finds in a report."""
+    (found,) = re.findall(pattern, report)
+    return float(found)
 
 
 def test_confined_word_learns_something_else(learned: Callable[..., Any]) -> None:
@@ -477,11 +483,12 @@ def test_shows_progress_before_it_reads_anything(
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda value, *_args, **_kw: events.append(str(value))
     )
-    monkeypatch.setattr(
-        pack.nodes.host.word_learning,
-        "features_in_place",
-        lambda *args: (events.append("read"), encode(*args))[1],
-    )
+
+    def reading(*args: Any) -> Any:
+        events.append("read")
+        return encode(*args)
+
+    monkeypatch.setattr(pack.nodes.host.word_learning, "features_in_place", reading)
     learned()
     assert events[:2] == ["0", "read"]
     assert [e for e in events if e.isdigit()][-1] != "0"
