@@ -20,6 +20,9 @@ def attention_to(
 ) -> Tensor:
     """How much each query attends to groups of keys: mean over heads of the softmax over all keys.
 
+    With maps of the same tokens as columns it spreads them along a self-attention: each token takes
+    the mean of what it attends to.
+
     Args:
         q: (B, H, Q, D) queries.
         k: (B, H, K, D) keys; fewer heads than queries are repeated.
@@ -68,20 +71,6 @@ def softmax_parts(
         highest = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         weights = scores.sub_(highest).exp_()
         yield weights, weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-
-
-def propagated(q: Tensor, k: Tensor, maps: Tensor, scale: float) -> Tensor:
-    """Spread maps along self-attention: each token takes the mean of what it attends to.
-
-    Args:
-        q, k: (B, H, L, D) of the same tokens; the softmax runs over these only.
-        maps: (B, L, G).
-        scale: of the products.
-
-    Returns:
-        (B, L, G) in fp32.
-    """
-    return attention_to(q, k, maps, scale)
 
 
 def blended_values(values: Tensor, recorded: Tensor, weight: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class _Gatherer:
         maps = attending.attention_to(image, k, columns, attention.scale, mask)
         if self._own is not None and self._own[0] == place.block:
             for _ in range(self.settings.propagation):
-                maps = attending.propagated(*self._own[1], maps, attention.scale)
+                maps = attending.attention_to(*self._own[1], maps, attention.scale)
         self.sums[place.grid] = self.sums.get(place.grid, 0) + maps
 
     def _heads(self, t: Tensor, count: int) -> Tensor:

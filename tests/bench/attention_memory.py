@@ -2,10 +2,11 @@
 
     python tests/bench/attention_memory.py --json tests/bench/results/attention_memory.json
 
-First one block's reading by itself, at Flux.1's 24 heads of 128, then one whole model call of a
-tiny Flux (true architecture, random weights): alone, with the node's reading of every block, and
-with one that holds each block's whole map as a textbook does. At 1k, 4k and 9k image tokens; the
-textbook's map of 24 heads does not fit at 9k. Peak memory is the process's resident memory as Linux
+First one block's reading by itself, at Flux.1's 24 heads of 128, also spread once along the
+picture's own attention (propagation 1); then one whole model call of a tiny Flux (true
+architecture, random weights): alone, with the node's reading of every block, and with one that
+holds each block's whole map as a textbook does. At 1k, 4k and 9k image tokens; the textbook's map
+of 24 heads does not fit at 9k. Peak memory is the process's resident memory as Linux
 counts it, above that before the call, so the bench runs on Linux only; a first call warms up.
 """
 
@@ -53,14 +54,12 @@ def _status(name: str) -> int:
     return int(line.split()[1])
 
 
-def whole_map(q: Tensor, k: Tensor, columns: Tensor, scale: float, _mask: Tensor | None) -> Tensor:
+def whole_map(
+    q: Tensor, k: Tensor, columns: Tensor, scale: float, _mask: Tensor | None = None
+) -> Tensor:
     """`attention_to` of one block with every score in memory at once."""
+    columns = columns[:, None] if columns.ndim == 3 else columns
     return ((q.float() * scale @ k.float().transpose(-1, -2)).softmax(-1) @ columns).mean(1)
-
-
-def whole_spread(q: Tensor, k: Tensor, maps: Tensor, scale: float) -> Tensor:
-    """`propagated` of one block with every score in memory at once."""
-    return ((q.float() * scale @ k.float().transpose(-1, -2)).softmax(-1) @ maps[:, None]).mean(1)
 
 
 def one_block(attending: Any) -> list[Row]:
@@ -69,14 +68,26 @@ def one_block(attending: Any) -> list[Row]:
     for side in sides:
         q = torch.randn(1, heads, side * side, width, dtype=torch.bfloat16)
         k = torch.randn(1, heads, side * side + text, width, dtype=torch.bfloat16)
-        phrase = torch.eye(len(k[0, 0]))[:, 5:7]
-        functions = {"one block": attending.attention_to, "one block, whole map": whole_map}
+        phrase = torch.eye(k.shape[2])[:, 5:7].clone()
+        functions = {"": attending.attention_to, ", whole map": whole_map}
         if side == sides[-1]:
-            del functions["one block, whole map"]
+            del functions[", whole map"]
         for name, function in functions.items():
-            run = partial(function, q, k, phrase, width**-0.5, None)
-            rows.append(measured(name, side, run))
+            for propagation, kind in enumerate(("one block", "one block, spread")):
+                run = partial(reading, function, q, k, phrase, propagation)
+                rows.append(measured(kind + name, side, run))
     return rows
+
+
+def reading(
+    function: Callable[..., Tensor], q: Tensor, k: Tensor, phrase: Tensor, propagation: int
+) -> Tensor:
+    """A phrase's map from [text, picture] keys, spread along the picture's."""
+    scale = width**-0.5
+    maps = function(q, k, phrase, scale)
+    for _ in range(propagation):
+        maps = function(q, k[:, :, text:], maps, scale)
+    return maps
 
 
 def measured(name: str, side: int, run: Callable[[], Any]) -> Row:
@@ -103,16 +114,16 @@ def main() -> None:
     prompt = stock.conditioning(1, tokens=77)
     phrase = torch.eye(77)[:, 5:7]
     settings = located.GatherSettings(layouts.chosen_blocks(model, "all"), samples=1)
-    streamed = attending.attention_to, attending.propagated
+    streamed = attending.attention_to
     for side in sides:
         given = model, prompt, torch.randn(1, 16, 2 * side, 2 * side), settings
         gather = partial(located.gathered, *given[:2], phrase, *given[2:])
         with torch.inference_mode():
             rows.append(measured("model call alone", side, partial(located.probe, *given)))
             rows.append(measured("model call with Attention Mask", side, gather))
-            attending.attention_to, attending.propagated = whole_map, whole_spread
+            attending.attention_to = whole_map
             rows.append(measured("model call with whole maps", side, gather))
-            attending.attention_to, attending.propagated = streamed
+            attending.attention_to = streamed
     report(rows, columns, options.json)
 
 

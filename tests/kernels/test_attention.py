@@ -67,28 +67,27 @@ def test_attention_is_that_of_the_whole_map(
 
 @sizes
 @dtypes
-def test_propagation_is_that_of_the_whole_map(
+def test_maps_are_spread_by_taking_means(
     attention: ModuleType, size: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     batch, heads, tokens, _, width, groups = size
     q, k = (randn(seed, batch, heads, tokens, width, dtype=dtype) * 2 for seed in (1, 2))
     maps = randn(3, batch, tokens, groups, dtype=dtype)
-    found = attention.propagated(q, k, maps, 0.7)
+    found = attention.attention_to(q, k, maps, 0.7)
     assert found.dtype == torch.float32
     assert close(found, whole(q, k, maps, 0.7))
-    # A mean of maps: what is the same everywhere stays so.
-    level = attention.propagated(q, k, torch.ones_like(maps), 0.7)
+    # What is the same everywhere stays so.
+    level = attention.attention_to(q, k, torch.ones_like(maps), 0.7)
     assert close(level, torch.ones_like(level).double())
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
 def test_fewer_heads_of_keys_are_repeated(attention: ModuleType, kv_heads: int) -> None:
     q, k = randn(1, 2, 6, 9, 8), randn(2, 2, kv_heads, 9, 8)
-    columns, maps = randn(3, 9, 2), randn(4, 2, 9, 2)
+    columns = randn(3, 9, 2)
     # Query head h goes with key head h // (6 // kv_heads), as in torch's enable_gqa.
     full = torch.stack([k[:, h // (6 // kv_heads)] for h in range(6)], 1)
     assert close(attention.attention_to(q, k, columns, 0.4), whole(q, full, columns, 0.4))
-    assert close(attention.propagated(q, k, maps, 0.4), whole(q, full, maps, 0.4))
 
 
 MASKS = {
@@ -145,7 +144,7 @@ def test_chunks_make_no_difference(
     attention: ModuleType, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     q, k = randn(1, 2, 3, 13, 8), randn(2, 2, 3, 13, 8)
-    columns, maps, mask = randn(3, 13, 2), randn(4, 2, 13, 2), randn(5, 2, 1, 13, 13)
+    columns, mask = randn(3, 13, 2), randn(5, 2, 1, 13, 13)
     asked = []
     real = Tensor.exp_
 
@@ -156,11 +155,9 @@ def test_chunks_make_no_difference(
     monkeypatch.setattr(Tensor, "exp_", counted)
     monkeypatch.setattr(attention, "largest_scores", 2 * 3 * 13 * chunk + 5)
     found = attention.attention_to(q, k, columns, 0.5, mask)
-    spread = attention.propagated(q, k, maps, 0.5)
     monkeypatch.undo()
     assert close(found, whole(q, k, columns, 0.5, mask))
-    assert close(spread, whole(q, k, maps, 0.5))
-    assert len(asked) == 2 * math.ceil(13 / chunk)
+    assert len(asked) == math.ceil(13 / chunk)
     assert max(asked) == min(chunk, 13)
 
 
@@ -169,7 +166,6 @@ def test_arguments_are_not_written_into(attention: ModuleType) -> None:
     kept = [t.clone() for t in given]
     q, k, maps, mask = given
     attention.attention_to(q, k, maps, 0.5, mask)
-    attention.propagated(q, k, maps, 0.5)
     attention.blended_values(q, k, torch.full((1, 6), 0.5))
     assert all(torch.equal(now, then) for now, then in zip(given, kept, strict=True))
 
@@ -198,7 +194,7 @@ def largest(attention: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         yield mode
 
 
-@pytest.mark.parametrize("spread", [False, True], ids=["attention_to", "propagated"])
+@pytest.mark.parametrize("spread", [False, True], ids=["to the prompt", "along the picture"])
 @pytest.mark.parametrize("tokens", [1024, 4096, 9216])
 def test_memory_does_not_grow_with_the_square(
     attention: ModuleType, largest: Largest, tokens: int, spread: bool
@@ -207,7 +203,7 @@ def test_memory_does_not_grow_with_the_square(
     q, k = (randn(seed, 1, heads, tokens, width, dtype=torch.float16) for seed in (1, 2))
     largest.size = 0
     if spread:
-        attention.propagated(q, k, torch.ones(1, tokens, 2), 0.3)
+        attention.attention_to(q, k, torch.ones(1, tokens, 2), 0.3)
     else:
         mask = torch.zeros(1, 1, 1, tokens)
         attention.attention_to(q, k, torch.ones(tokens, 2), 0.3, mask)
