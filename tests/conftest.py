@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -34,18 +35,16 @@ class RootIsNoPackage:
 def pytest_configure(config: pytest.Config) -> None:
     """Register what has to hold above this folder, where a conftest's own hooks are not asked."""
     config.pluginmanager.register(RootIsNoPackage())
+    # Several processes share the cores, and tiny models gain nothing from a second thread.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     """A ComfyUI in this process; on the CPU, where the laws can be held to the last bit."""
-    import torch
-
     from host import graphs, inprocess
     from host.base import make_base
 
-    # Tiny models gain nothing from a second thread, and on a busy machine they wait for it.
-    torch.set_num_threads(1)
     host = inprocess.start(make_base(tmp_path_factory.mktemp("base")), cpu=True)
     host.nodes.update(graphs.NODES)
     return host

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def differentiable(model: ModelPatcher) -> ModelPatcher:
@@ -34,6 +34,20 @@ def differentiable(model: ModelPatcher) -> ModelPatcher:
             if getattr(module, parameter, None) is not None:
                 clone.add_weight_wrapper(f"diffusion_model.{name}.{parameter}", torch.clone)
     return clone
+
+
+def copied_for_backward() -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which networks may change in place what autograd keeps, for it keeps copies.
+
+    PyTorch's `allow_mutation_on_saved_tensors` copies less, but watches every operation in Python,
+    which takes longer than the work of a small network. Weights do not change and are not copied.
+    """
+
+    def keep(tensor: Tensor) -> Tensor:
+        origin = tensor if tensor._base is None else tensor._base
+        return tensor if isinstance(origin, nn.Parameter) else tensor.detach().clone()
+
+    return torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept)
 
 
 class KeptActivations:

@@ -21,11 +21,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.sd import CLIP
 from torch import Tensor
-from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from ...kernels import identity as losses
 from ...kernels import masks
-from . import confining, families, training, word_learning, words
+from . import confining, families, gradients, training, word_learning, words
 from .identity import Identity
 from .learning_settings import LearningSettings, Lesson, Picture
 from .progress import show
@@ -136,7 +135,7 @@ class Learner(comfy.samplers.Sampler):
         self._read_attributes()
         for steps in self._windows():
             # Models and text encoders add in place to what autograd has kept.
-            with allow_mutation_on_saved_tensors():
+            with gradients.copied_for_backward():
                 if self.settings.token_rate:
                     self._encoded.clear()
                 self._varied.clear()

@@ -28,6 +28,7 @@ from . import checkpointing, families
 log = logging.getLogger(__name__)
 
 injection_key, checkpoint_key = "pinpoint_low_rank", "pinpoint_checkpointing"
+loaded_key = "pinpoint_loaded"
 
 _flux = r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]"
 TARGETS: dict[type[nn.Module], str] = {
@@ -179,7 +180,14 @@ def own_copy(patcher: ModelPatcher, name: str) -> ModelPatcher:
             f"{name} comes from a loader that cannot load it a second time, which learning needs: "
             "use Load Checkpoint, Load Diffusion Model or Load CLIP"
         )
-    copy = patcher.clone(force_deepcopy=True)
+    load, inputs, *place = patcher.cached_patcher_init
+    loaded = load(*inputs, disable_dynamic=True)
+    if place:
+        loaded = loaded[place[0]]
+    copy = patcher.clone(model_override=loaded.get_clone_model_override())
+    # Some loaders load to the device at once: were this patcher forgotten, ComfyUI would take the
+    # copy's model for a leak and collect garbage before every call.
+    copy.set_attachments(loaded_key, loaded)
     copy.model.requires_grad_(False)
     for key in list(copy.injections):
         log.warning(f"Pinpoint: {key} belongs to the original {name} and is left out of learning")
