@@ -15,8 +15,9 @@ def cosines(word: Tensor, attributes: Tensor, class_word: Tensor) -> Tensor:
     """Cosines between what a text encoder makes of a word and of attribute words.
 
     Features of all words share a large common part: position, and the direction in which a text
-    encoder's features crowd. It is estimated as the mean over the attribute words and the class
-    word and taken away first, as otherwise no two words would be orthogonal.
+    encoder's features crowd. It is taken away first, as otherwise no two words would be orthogonal;
+    for each attribute it is the mean over the class word and the other attributes. With the
+    attribute itself in the mean, unrelated words would seem opposed, by 1 / K.
 
     Args:
         word: (P, width), the learned word's features; P parts when several encoders are used.
@@ -26,8 +27,9 @@ def cosines(word: Tensor, attributes: Tensor, class_word: Tensor) -> Tensor:
     Returns:
         (K, P) in [-1, 1].
     """
-    common = torch.cat([attributes, class_word[None]]).mean(0)
-    return F.cosine_similarity((word - common)[None], attributes - common, dim=-1)
+    total = attributes.sum(0) + class_word
+    common = (total - attributes) / len(attributes)
+    return F.cosine_similarity(word - common, attributes - common, dim=-1)
 
 
 def orthogonality_loss(word: Tensor, attributes: Tensor, class_word: Tensor) -> Tensor:

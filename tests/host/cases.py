@@ -14,8 +14,13 @@ from .prompts import Graph, Outputs
 from .server import Server
 
 PORTRAIT = "pinpoint_portrait.png"
+"""The picture that is edited; `edit` puts the person's own in its place."""
+REFERENCE = "pinpoint_reference.png"
+"""A second portrait, from which some workflows take something."""
 TWO_CHANGES = frozenset({"flux_sculptor_two_attributes"})
 """The workflows whose target prompt changes two things."""
+WITH_IDENTITY = frozenset({"learn_identity", "identity_edits", "makeup_transfer", "two_people"})
+"""The workflows whose prompts say <ann> where others say person."""
 PROMPTS = {"Source prompt": "source_prompt", "Target prompt": "target_prompt"}
 """Title of a node that holds one prompt -> widget of a node that holds both."""
 
@@ -34,10 +39,17 @@ class Case:
 
 
 def drawn_case(seed: int, workflow: str = "") -> Case:
-    """A drawn portrait with an edit of it, of two things if the workflow changes two."""
+    """A drawn portrait with an edit of it, in the words that the workflow needs."""
     pixels, *prompts = demo_case(seed)
+    if workflow in WITH_IDENTITY:
+        prompts = [prompt.replace("person", "<ann>") for prompt in prompts]
     case = Case(Image.fromarray(pixels), *prompts)
     return _with_second_change(case) if workflow in TWO_CHANGES else case
+
+
+def drawn_pictures() -> dict[str, Image.Image]:
+    """All pictures that the workflows load, by file name."""
+    return {PORTRAIT: drawn_case(0).image, REFERENCE: drawn_case(10).image}
 
 
 def _with_second_change(case: Case) -> Case:
@@ -62,9 +74,15 @@ def fill_in(graph: Graph, case: Case, image_name: str, seed: int | None = None) 
     Raises:
         CaseError: no node for the picture, or none for any prompt.
     """
-    loaders = [node for node in graph.values() if node["class_type"] == "LoadImage"]
+    loaders = [
+        node
+        for node in graph.values()
+        if node["class_type"] == "LoadImage" and node["inputs"]["image"] != REFERENCE
+    ]
     if len(loaders) != 1:
-        raise CaseError(f"The workflow needs one node LoadImage, it has {len(loaders)}")
+        raise CaseError(
+            f"The workflow needs one node LoadImage for the picture, it has {len(loaders)}"
+        )
     loaders[0]["inputs"]["image"] = image_name
     filled = [
         f"{title.split()[0]}: {getattr(case, widget)}"

@@ -20,7 +20,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from host import options
 from host.base import make_base
-from host.cases import PORTRAIT, Case, CaseError, drawn_case, fill_in, png, saved_pictures
+from host.cases import (
+    PORTRAIT,
+    Case,
+    CaseError,
+    drawn_case,
+    drawn_pictures,
+    fill_in,
+    png,
+    saved_pictures,
+)
 from host.comfyui import ComfyUINotFound, cache_folder
 from host.prompts import Graph, PromptFailed, PromptInterrupted, PromptRejected
 from host.server import Server, ServerError, free_port
@@ -38,8 +47,9 @@ def edit(settings: argparse.Namespace) -> None:
     say("Starting ComfyUI")
     with fresh_base() as base, Server(base) as server:
         graph = server.convert(workflow)
-        image_name = server.upload_image(PORTRAIT, png(case.image))
-        prompts = fill_in(graph, case, image_name, settings.seed)
+        for name, picture in {**drawn_pictures(), PORTRAIT: case.image}.items():
+            server.upload_image(name, png(picture))
+        prompts = fill_in(graph, case, PORTRAIT, settings.seed)
         say("\n".join(prompts))
         outputs = server.run(graph, progress_line(graph))
         end_progress()
@@ -56,7 +66,8 @@ def open_page(settings: argparse.Namespace) -> None:
     """Serve ComfyUI's web page until Ctrl-C."""
     base = make_base(cache_folder() / "base")
     copy_workflows(base / "user" / "default" / "workflows")
-    drawn_case(0).image.save(base / "input" / PORTRAIT)
+    for name, picture in drawn_pictures().items():
+        picture.save(base / "input" / name)
     port = free_port(settings.port)
     say("Starting ComfyUI")
     previews = ["--preview-method", "latent2rgb"]

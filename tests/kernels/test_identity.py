@@ -23,9 +23,14 @@ def test_cosines_leave_out_what_all_words_share(identity: ModuleType) -> None:
     shared = 40 * drawn(1, 32, seed=3)
     moved = identity.cosines(word + shared, attributes + shared, class_word + shared)
     torch.testing.assert_close(moved, plain, rtol=1e-3, atol=1e-4)
-    common = (attributes.sum(0) + class_word) / 4
+    common = (attributes[0] + attributes[2] + class_word) / 3
     a, b = (word - common)[0], (attributes[1] - common)[0]
     torch.testing.assert_close(plain[1, 0], a @ b / (a.norm() * b.norm()))
+
+
+def test_the_class_word_is_no_farther_from_attributes_than_chance(identity: ModuleType) -> None:
+    attributes, class_word = drawn(5, 1, 4096), drawn(1, 4096, seed=1)
+    assert identity.cosines(class_word, attributes, class_word).abs().max() < 0.05
 
 
 def test_orthogonality_loss_is_least_at_a_right_angle(identity: ModuleType) -> None:
