@@ -12,6 +12,8 @@ from comfy.patcher_extension import PatcherInjection
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import tap
+
 _lists = (
     "joint_blocks",
     "double_blocks",
@@ -24,7 +26,11 @@ _lists = (
 
 
 def checkpointed(network: nn.Module) -> PatcherInjection:
-    """An injection by which the blocks of a network of one's own forget what they computed."""
+    """An injection by which the blocks of a network of one's own forget what they computed.
+
+    ComfyUI has no hook around a block of every family. The network is a private copy, so nobody
+    else sees that its blocks' `forward` is replaced while it is loaded.
+    """
     blocks = list(_blocks(network))
     originals = [block.forward for block in blocks]
 
@@ -53,6 +59,8 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 def _forgetting(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
+        # Until then, the model lets its options name other blocks and sizes.
+        later = tap.as_now(kwargs.get("transformer_options") or {})
         names = [name for name, value in kwargs.items() if torch.is_tensor(value)]
         places = [place for place, value in enumerate(args) if torch.is_tensor(value)]
 
@@ -62,7 +70,11 @@ def _forgetting(forward: Callable[..., Any]) -> Callable[..., Any]:
             positional = list(args)
             for place in places:
                 positional[place] = next(copies)
-            return forward(*positional, **{**kwargs, **{name: next(copies) for name in names}})
+            named = {**kwargs, **{name: next(copies) for name in names}}
+            # The first time, no gradients are recorded.
+            if torch.is_grad_enabled() and "transformer_options" in named:
+                named["transformer_options"] = tap.as_now(later)
+            return forward(*positional, **named)
 
         tensors = [*(args[place] for place in places), *(kwargs[name] for name in names)]
         if not any(t.requires_grad for t in tensors):

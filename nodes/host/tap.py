@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,6 +172,14 @@ class _Override:
         self.previous = call.options.get("optimized_attention_override")
         self.turns: Counter = Counter()
 
+    def as_now(self) -> _Override:
+        """One that goes on counting from here by itself."""
+        override = copy(self)
+        override.turns = Counter(self.turns)
+        if isinstance(self.previous, _Override):
+            override.previous = self.previous.as_now()
+        return override
+
     def __call__(
         self,
         func: Callable[..., Tensor],
@@ -227,6 +236,14 @@ class _Override:
         )
         self.turns[turn] += 1
         return self.tap.layout.place(self.tap.network, shape)
+
+
+def as_now(options: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a model call's `transformer_options`, for a block that is computed again later."""
+    kept, override = dict(options), options.get("optimized_attention_override")
+    if isinstance(override, _Override):
+        kept["optimized_attention_override"] = override.as_now()
+    return kept
 
 
 def _name_blocks(options: dict[str, Any], blocks: list[Block]) -> None:
