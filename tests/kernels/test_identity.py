@@ -37,7 +37,7 @@ def test_orthogonality_loss_is_least_at_a_right_angle(identity: ModuleType) -> N
     attributes, class_word = drawn(4, 2, 16), drawn(2, 16, seed=1)
     word = drawn(2, 16, seed=2).requires_grad_()
     optimizer = torch.optim.Adam([word], lr=0.05)
-    for _ in range(300):
+    for _ in range(1000):
         optimizer.zero_grad()
         loss = identity.orthogonality_loss(word, attributes, class_word)
         loss.backward()
