@@ -154,7 +154,7 @@ def _schedule() -> list[io.Input]:
     return [
         io.Int.Input(
             "token_steps",
-            default=100,
+            default=50,
             min=0,
             max=100000,
             tooltip="First phase: steps in which only the word is learned.",
@@ -169,7 +169,7 @@ def _schedule() -> list[io.Input]:
         ),
         io.Int.Input(
             "steps",
-            default=300,
+            default=150,
             min=0,
             max=100000,
             tooltip=(
@@ -207,7 +207,7 @@ def _losses() -> list[io.Input]:
     return [
         io.Float.Input(
             "orthogonality",
-            default=0.1,
+            default=1.0,
             min=0.0,
             max=100.0,
             step=0.01,
@@ -270,7 +270,7 @@ def _details() -> list[io.Input]:
         ),
         io.Int.Input(
             "update_every",
-            default=5,
+            default=10,
             min=1,
             max=1000,
             tooltip=(

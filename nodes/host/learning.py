@@ -229,7 +229,8 @@ class Learner(comfy.samplers.Sampler):
 
     def _plain(self, text: str) -> list[Any]:
         """The conditioning of a prompt without the learned word."""
-        text = word_learning.without_word(text, self.settings.name)
+        settings = self.settings
+        text = word_learning.without_word(text, settings.name, settings.class_word)
         if text not in self._plain_prompts:
             self._plain_prompts[text] = self._guided(word_learning.plain(self.clip, text))
             training.load_again(self.trainee.model)

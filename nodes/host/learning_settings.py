@@ -44,14 +44,14 @@ class LearningSettings:
     start_word: str
     attributes: tuple[str, ...] = ()
     vectors: int = 1
-    token_steps: int = 100
+    token_steps: int = 50
     token_rate: float = 0.02
-    steps: int = 300
+    steps: int = 150
     rate: float = 1e-3
     rank: int = 8
     batch: int = 4
-    update_every: int = 5
-    orthogonality: float = 0.1
+    update_every: int = 10
+    orthogonality: float = 1.0
     preservation: float = 1.0
     weighting: Weighting = "uniform"
     outside_weight: float = 1.0

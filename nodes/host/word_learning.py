@@ -164,20 +164,23 @@ def plain(clip: CLIP, text: str) -> Conditioning:
         return clip.encode_from_tokens_scheduled(clip.tokenize(text), show_pbar=False)
 
 
-def without_word(prompt: str, name: str) -> str:
-    """A prompt without the learned word in it."""
-    return " ".join(prompt.replace(f"<{name}>", " ").split())
+def without_word(prompt: str, name: str, class_word: str) -> str:
+    """A prompt without the learned word: its class word, where that is not written anyway."""
+    rest = " ".join(prompt.replace(f"<{name}>", " ").split())
+    if class_word.casefold() in rest.casefold():
+        return rest
+    return prompt.replace(f"<{name}>", class_word)
 
 
 def variations(prompt: str, name: str, attributes: Sequence[str]) -> list[str]:
-    """The prompt without one of its clauses, or with an attribute behind the learned word."""
+    """The prompt without one of its clauses, or with an attribute as one more."""
     written, clauses = f"<{name}>", prompt.split(",")
     without = [
         ",".join(clauses[:i] + clauses[i + 1 :])
         for i, clause in enumerate(clauses)
         if written not in clause
     ]
-    return without + [prompt.replace(written, f"{written} {text}") for text in attributes]
+    return without + [f"{prompt}, {text}" for text in attributes]
 
 
 def orthogonality(prompt: EncodedPrompt, attributes: Tensor, class_word: Tensor) -> Tensor:

@@ -369,7 +369,7 @@ def test_response_to_other_words_is_kept(learned: Callable[..., Any], pack: Modu
     assert variations("a <ann> person, red hat, smiling", "ann", ["old"]) == [
         "a <ann> person, smiling",
         "a <ann> person, red hat",
-        "a <ann> old person, red hat, smiling",
+        "a <ann> person, red hat, smiling, old",
     ]
     free = learned(preservation=0.0, steps=8)[0]
     kept = learned(preservation=100.0, steps=8)[0]
