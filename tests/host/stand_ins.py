@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,6 @@ def _encoders(*names: str) -> Weights:
     return {prefix + key: tensor for prefix, part in parts.items() for key, tensor in part.items()}
 
 
-@cache
 def encoder(name: str) -> Weights:
     """The network of a text encoder: clip_l, clip_g or t5xxl."""
     from comfy import sd1_clip, sdxl_clip
