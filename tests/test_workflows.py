@@ -18,7 +18,7 @@ from PIL import Image
 
 from host import stand_ins
 from host.base import make_base
-from host.cases import PORTRAIT, drawn_case, png
+from host.cases import PORTRAIT, REFERENCE_SEED, drawn_case, drawn_pictures, png
 from host.comfyui import PACK
 from host.inprocess import Host
 from host.options import WORKFLOWS
@@ -40,7 +40,10 @@ REAL_WEIGHTS = {
 DEMOS = [name for name in NAMES if name not in REAL_WEIGHTS]
 RECONSTRUCTION = "inversion_reconstruction"
 """The workflow that edits nothing."""
-EDITS = [name for name in DEMOS if name != RECONSTRUCTION]
+SEVERAL_EDITS = "identity_edits"
+TWO_PEOPLE = "two_people"
+EDITS = [name for name in DEMOS if name not in (RECONSTRUCTION, SEVERAL_EDITS, TWO_PEOPLE)]
+"""Those that make one edit of the demo portrait."""
 TEXTS = ("CLIPTextEncode", "PrimitiveStringMultiline")
 TITLE_HEIGHT = 30
 
@@ -58,8 +61,9 @@ def pictures(server: Server) -> Callable[[str], Pictures]:
 
     The pictures go by the last part of their prefix.
     """
-    assert server.upload_image(PORTRAIT, png(drawn_case(0).image)) == PORTRAIT
-    return cache(lambda name: run(server, name))
+    for name, picture in drawn_pictures().items():
+        assert server.upload_image(name, png(picture)) == name
+    return cache(lambda name: run(server, name, learn_little))
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,14 @@ def short_pictures(
     assert not re.search("missing|unexpected|invalid value", log)
 
 
+def learn_little(graph: Graph) -> None:
+    """Learning as the workflows do it takes minutes; tests/bench/identity.py measures it."""
+    for node in graph.values():
+        if node["class_type"] == "PinpointLearnIdentity":
+            steps = {widget: min(node["inputs"][widget], 4) for widget in ("token_steps", "steps")}
+            node["inputs"].update(steps, attributes="hair, hat")
+
+
 def run(server: Server, name: str, change: Callable[[Graph], None] = lambda _: None) -> Pictures:
     graph = server.convert(load(name))
     change(graph)
@@ -106,7 +118,8 @@ def test_there_are_the_promised_ones() -> None:
     assert {
         *("focusflow", "focusflow_parts", "flowedit", "sdedit"),
         *("flux_sculptor", "flux_sculptor_parts", "flux_sculptor_two_attributes", "rf_edit"),
-        *("attention_mask_focusflow_sd3", RECONSTRUCTION),
+        *("attention_mask_focusflow_sd3", RECONSTRUCTION, "prompt_to_prompt"),
+        *("learn_identity", SEVERAL_EDITS, "makeup_transfer", TWO_PEOPLE),
         *REAL_WEIGHTS,
     } == set(NAMES)
 
@@ -202,21 +215,40 @@ def test_a_note_tells_what_to_do_and_where_the_model_goes(name: str) -> None:
 def test_prompts_are_those_of_the_demo_portrait(server: Server, name: str) -> None:
     case = drawn_case(0, name)
     prompts = {"Source prompt": case.source_prompt, "Target prompt": case.target_prompt}
+    others = {"Class prompt", "Reference prompt", "Right: before", "Right: after"}
     nodes = load(name)["nodes"]
     written = {n["title"]: n["widgets_values"][0] for n in nodes if n["type"] in TEXTS}
     for title, text in written.items():
-        role = next(
-            role for role in ("Source", "Target", "Negative") if role.lower() in title.lower()
-        )
-        # An encoder of a linked prompt shows the same text.
-        assert text == prompts.get(f"{role} prompt", ""), title
+        role, _, change = title.removeprefix("Encode: ").capitalize().partition(":")
+        if change and role == "Target prompt":
+            assert differences(case.source_prompt, text) == 1, title
+        elif title not in others:
+            # An encoder of a linked prompt shows the same text.
+            assert text == {**prompts, "Negative prompt": ""}[role], title
     both = {"source_prompt": case.source_prompt, "target_prompt": case.target_prompt}
     graph = server.convert(load(name))
     for node in graph.values():
         for widget, prompt in both.items():
             given = node["inputs"].get(widget, prompt)
-            linked = isinstance(given, list)
-            assert prompt == (graph[given[0]]["inputs"]["value"] if linked else given)
+            source = graph[given[0]] if isinstance(given, list) else None
+            if source is None or source["_meta"]["title"] not in others:
+                assert prompt == (source["inputs"]["value"] if source else given)
+
+
+def differences(source: str, target: str) -> int:
+    """How many phrases of two prompts differ."""
+    pairs = zip(source.split(", "), target.split(", "), strict=True)
+    return sum(before != after for before, after in pairs)
+
+
+@pytest.mark.parametrize("name", ["makeup_transfer", TWO_PEOPLE])
+def test_prompts_of_the_reference_are_its_own(name: str) -> None:
+    own = drawn_case(REFERENCE_SEED).source_prompt
+    nodes = {node.get("title"): node for node in load(name)["nodes"]}
+    for title, changed in {"Reference prompt": 0, "Right: before": 0, "Right: after": 1}.items():
+        if title in nodes:
+            (text,) = nodes[title]["widgets_values"]
+            assert differences(own, text.replace("<bea>", "person")) == changed
 
 
 @pytest.mark.parametrize("name", REAL_WEIGHTS)
@@ -315,6 +347,30 @@ def test_demo_workflow_edits_the_portrait(
         outside = saved["mask"][..., 0] <= 24
         assert 0 < outside.mean() < 1
         assert difference[outside].max() == 0
+
+
+def test_each_edit_of_someone_learned_changes_one_thing(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    saved = pictures(SEVERAL_EDITS)
+    assert saved.keys() == {"source", "hair", "glasses", "expression"}
+    middle = len(portrait) // 4
+    for kind, rows in {"hair": slice(middle), "glasses": slice(middle, -middle)}.items():
+        difference = np.abs(saved[kind].astype(int) - portrait)
+        assert difference[rows].max() > 60
+        assert (difference == 0).mean() > 0.5
+
+
+def test_two_people_are_changed_each_in_their_half(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    saved, side = pictures(TWO_PEOPLE), portrait.shape[1]
+    assert np.array_equal(saved["source"][:, :side], portrait)
+    difference = np.abs(saved["edit"].astype(int) - saved["source"])
+    hats = difference[: side // 2]
+    assert hats[:, :side].max() > 60
+    assert hats[:, side:].max() > 60
+    assert (difference == 0).mean() > 0.5
 
 
 @pytest.mark.parametrize("name", ["focusflow", "flux_sculptor"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -16,11 +17,14 @@ from .server import Server
 PORTRAIT = "pinpoint_portrait.png"
 """The picture that is edited; `edit` puts the person's own in its place."""
 REFERENCE = "pinpoint_reference.png"
-"""A second portrait, from which some workflows take something."""
+REFERENCE_SEED = 10
+"""A second portrait, from which some workflows take something, and its seed."""
 TWO_CHANGES = frozenset({"flux_sculptor_two_attributes"})
 """The workflows whose target prompt changes two things."""
 WITH_IDENTITY = frozenset({"learn_identity", "identity_edits", "makeup_transfer", "two_people"})
 """The workflows whose prompts say <ann> where others say person."""
+WITH_MAKEUP = frozenset({"makeup_transfer"})
+"""The workflows whose target prompt has the learned lips of the reference."""
 PROMPTS = {"Source prompt": "source_prompt", "Target prompt": "target_prompt"}
 """Title of a node that holds one prompt -> widget of a node that holds both."""
 
@@ -44,12 +48,14 @@ def drawn_case(seed: int, workflow: str = "") -> Case:
     if workflow in WITH_IDENTITY:
         prompts = [prompt.replace("person", "<ann>") for prompt in prompts]
     case = Case(Image.fromarray(pixels), *prompts)
+    if workflow in WITH_MAKEUP:
+        return replace(case, target_prompt=re.sub(r"\w+ lips", "<berry> lips", case.source_prompt))
     return _with_second_change(case) if workflow in TWO_CHANGES else case
 
 
 def drawn_pictures() -> dict[str, Image.Image]:
     """All pictures that the workflows load, by file name."""
-    return {PORTRAIT: drawn_case(0).image, REFERENCE: drawn_case(10).image}
+    return {PORTRAIT: drawn_case(0).image, REFERENCE: drawn_case(REFERENCE_SEED).image}
 
 
 def _with_second_change(case: Case) -> Case:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw, ImageFont
 
-from host.cases import PORTRAIT, drawn_case, png, saved_pictures
+from host.cases import drawn_pictures, png, saved_pictures
 from host.demo import fresh_base
 from host.options import WORKFLOWS
 from host.server import Server
@@ -47,7 +47,8 @@ def main(names: list[str]) -> None:
     shown = {name: NEEDS.get(name, (name, ""))[0] for name in workflows}
     results: dict[str, Pictures] = {}
     with fresh_base() as base, Server(base) as server:
-        server.upload_image(PORTRAIT, png(drawn_case(0).image))
+        for file_name, picture in drawn_pictures().items():
+            server.upload_image(file_name, png(picture))
         for name in sorted(set(shown.values())):
             print(f"running {name}", flush=True)
             results[name] = run(server, json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8")))

@@ -1,11 +1,12 @@
 """The demo models as files that stock loaders know, made from the shipped weights.
 
 One SD3 checkpoint with everything in it, for Flux a transformer, a VAE and a text encoder, and for
-SD1.5 a VAE; its UNet is loaded by `sd15`.
+SD1.5 a VAE; its UNet is loaded by `sd15`. With them two identities of the SD3 model.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def ensure(models_dir: Path) -> list[Path]:
     }
     for target, (make, parts) in recipes.items():
         _make(models_dir / target, make, parts)
-    return [models_dir / target for target in recipes]
+    made = [models_dir / target for target in recipes]
+    return [*made, *(_copy(file, models_dir / "identities") for file in weights.identity_files)]
 
 
 def _make(target: Path, make: Callable[[], dict[str, Tensor]], parts: tuple[Path, ...]) -> None:
@@ -49,6 +51,12 @@ def _make(target: Path, make: Callable[[], dict[str, Tensor]], parts: tuple[Path
     unfinished = target.with_suffix(".part")
     save_file(make(), unfinished)
     unfinished.replace(target)
+
+
+def _copy(file: Path, folder: Path) -> Path:
+    """An identity is shipped as it is loaded, its metadata with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copyfile(file, folder / file.name))
 
 
 def sd3_checkpoint() -> dict[str, Tensor]:

@@ -6,3 +6,5 @@ folder = Path(__file__).parent / "weights"
 codec_file = folder / "taesd_portraits.safetensors"
 sd15_codec_file = folder / "taesd_portraits_sd15.safetensors"
 network_files = {name: folder / f"{name}_portraits.safetensors" for name in ("sd3", "flux", "sd15")}
+identity_files = [folder / "identities" / f"pinpoint_{name}.safetensors" for name in ("ann", "bea")]
+"""The two portraits that the workflows load, as Learn Identity learns them with its defaults."""
