@@ -1,0 +1,143 @@
+"""Makeup transfer: the lips of one held-out portrait on another, with and without identity.
+
+    python tests/bench/makeup.py --count 40 --seed 1 --json tests/bench/results/makeup.json
+
+The look is learned as a word from the reference's mouth; no prompt names its colour. The judge
+knows it, and knows what the first portrait would look like with it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor
+
+from bench import identity
+from bench.identity import Recipe, Sitter
+from bench.lab import Lab, Row, arguments, report, shallow_clip
+from bench.portrait_scores import Panel
+from portraits.dataset import Edit, people, pictures
+from portraits.judging import drawn_values
+from portraits.people import Portrait, caption
+
+look, plain = "berry", "natural"
+"""The learned word, and what stands in its place without it."""
+makeup = {
+    "name": look,
+    "class_word": plain,
+    "attributes": "hair, skin, eyes, hat, beard, glasses",
+    "outside_weight": 0.0,
+}
+"""How the look is learned, beside Learn Identity's defaults."""
+columns = [
+    "method",
+    "attribute_edited",
+    "attributes_kept",
+    "identity_kept",
+    "psnr_outside",
+    "psnr_whole",
+    "learning_seconds",
+]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A portrait whose lips shall be the reference's."""
+
+    sitter: Sitter
+    reference: Portrait
+    picture: Tensor
+    mouth: Tensor
+
+
+def transfers(lab: Lab, seed: int, count: int) -> Iterator[Transfer]:
+    """Held-out people, each with a person of made-up lips of another colour, both seen."""
+    others = (p for p in people("held-out references", seed, 100 * count) if _made_up(p))
+    for sitter in identity.sitters(lab, "held-out", seed, count):
+        lips = sitter.person.attributes["lips"]
+        reference = next(p for p in others if p.attributes["lips"] != lips)
+        target = sitter.person.having("lips", reference.attributes["lips"])
+        changed = replace(
+            sitter,
+            edits=[Edit(sitter.person, target, "lips")],
+            target=pictures([target]).float() / 255,
+        )
+        picture = pictures([reference]).float() / 255
+        yield Transfer(changed, reference, picture, drawn_values([reference], "lips")[1])
+
+
+def _made_up(person: Portrait) -> bool:
+    return person.attributes["lips"] != plain
+
+
+def worded(text: str, lips: str, *, knows: bool) -> str:
+    """A caption with other words for the lips, and the person's own word if it is known."""
+    phrases = [lips if phrase.endswith(" lips") else phrase for phrase in text.split(", ")]
+    return identity.named(", ".join(phrases)) if knows else ", ".join(phrases)
+
+
+def measured(lab: Lab, transfer: Transfer, *, knows: bool) -> Row:
+    """Learn the look, and the person if asked; transfer; judge."""
+    sitter, model, clip, seconds = transfer.sitter, lab.model, lab.clip, 0.0
+    started = time.perf_counter()
+    if knows:
+        model, clip, _ = identity.learned(lab, sitter, Recipe())
+    prompt = worded(caption(transfer.reference), f"<{look}> lips", knows=False)
+    found, _ = identity.learn(
+        lab, transfer.picture, transfer.mouth, {**makeup, "prompt": prompt, "seed": sitter.number}
+    )
+    model, clip = identity.applied(lab, model, clip, found, None)
+    seconds = time.perf_counter() - started
+    source = caption(sitter.person)
+    own = f"{sitter.person.attributes['lips']} lips"
+    pair = tuple(worded(source, lips, knows=knows) for lips in (own, f"<{look}> lips"))
+    images = identity.edited(lab, model, clip, sitter, [pair])
+    return {"learning_seconds": seconds, **_means(sitter, images)}
+
+
+def prompted(lab: Lab, transfer: Transfer) -> Row:
+    """The same edit by the colour's name, which the model knows: what can be reached."""
+    sitter = transfer.sitter
+    return _means(
+        sitter, identity.edited(lab, lab.model, lab.clip, sitter, [sitter.edits[0].prompts])
+    )
+
+
+def _means(sitter: Sitter, images: Tensor) -> Row:
+    figures = identity.scores(Panel(sitter.edits), sitter, images)
+    return {name: float(values.mean()) for name, values in figures.items()}
+
+
+def main() -> None:
+    """Run all rows on the same pairs and report."""
+    options = arguments(__doc__, 40)
+    lab = Lab("sd3")
+    lab.clip = shallow_clip("sd3")
+    rows: dict[str, list[Row]] = {}
+    for transfer in transfers(lab, options.seed, options.count):
+        found: dict[str, Any] = {
+            "by the colour's name": prompted(lab, transfer),
+            "makeup": measured(lab, transfer, knows=False),
+            "makeup and identity": measured(lab, transfer, knows=True),
+        }
+        for method, row in found.items():
+            rows.setdefault(method, []).append(row)
+            print(transfer.sitter.number, method, row, flush=True)
+    report([_mean(method, found) for method, found in rows.items()], columns, options.json)
+
+
+def _mean(method: str, rows: list[Row]) -> Row:
+    means = {name: float(torch.tensor([row[name] for row in rows]).mean()) for name in rows[0]}
+    return {"method": method, **means}
+
+
+if __name__ == "__main__":
+    main()
