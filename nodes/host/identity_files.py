@@ -22,7 +22,8 @@ folder = "identities"
 """Below models."""
 suffix = ".safetensors"
 _format, _version = "pinpoint_identity", 1
-_lora_key = re.compile(r"(diffusion_model\.[\w.]+)\.(lora_up\.weight|lora_down\.weight|alpha)")
+_parts = ("lora_up.weight", "lora_down.weight", "alpha")
+_lora_key = re.compile(rf"(diffusion_model\.[\w.]+)\.({'|'.join(map(re.escape, _parts))})")
 _file_name = re.compile(r"[\w+-][\w .+-]*(/[\w+-][\w .+-]*)*")
 _embedding_keys = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
 """Where ComfyUI calls vectors otherwise than their tokens."""
@@ -225,9 +226,14 @@ def _identity(metadata: dict[str, str], tensors: dict[str, Tensor], file_name: s
         else:
             raise ValueError(f"{wrong}it holds {key}, which is not a part of an identity{cure}")
     for module in {key.rsplit(".lora", 1)[0].removesuffix(".alpha") for key in lora}:
-        up, down = (lora.get(f"{module}.lora_{side}.weight") for side in ("up", "down"))
-        if up is None or down is None or up.ndim < 2 or up.shape[1] != down.shape[0]:
+        if not _is_whole(*(lora.get(f"{module}.{part}") for part in _parts)):
             raise ValueError(f"{wrong}the change of {module} is not whole{cure}")
     name = require_name(metadata["name"], f"name in {file_name}")
     told = {str(key): str(value) for key, value in recipe.items()}
     return Identity(name, metadata["class_word"], metadata["family"], vectors, lora, told)
+
+
+def _is_whole(up: Tensor | None, down: Tensor | None, alpha: Tensor | None) -> bool:
+    if up is None or down is None or not up.ndim == down.ndim == 2:
+        return False
+    return up.shape[1] == len(down) and (alpha is None or alpha.numel() == 1)

@@ -368,6 +368,11 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         another(**{f"{LORA}.lora_up.weight": None}),
         f"the change of {LORA} is not whole",
     ),
+    "flat change": (
+        another(**{f"{LORA}.lora_down.weight": torch.tensor(1.0)}),
+        f"the change of {LORA} is not whole",
+    ),
+    "two scales": (another(**{f"{LORA}.alpha": torch.ones(2)}), f"change of {LORA} is not whole"),
 }
 
 
