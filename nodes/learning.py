@@ -95,6 +95,14 @@ class LearnIdentity(io.ComfyNode):
                     optional=True,
                     tooltip="Where the person is, 1 = inside. The word acts there only.",
                 ),
+                widgets.Identity.Input(
+                    "identity",
+                    optional=True,
+                    tooltip=(
+                        "One to learn on from, such as one whose learning was stopped. Its vectors "
+                        "and rank stay; an empty name takes its name."
+                    ),
+                ),
             ],
             outputs=[
                 widgets.Identity.Output(
@@ -119,10 +127,15 @@ class LearnIdentity(io.ComfyNode):
         model, clip, vae = (values[name] for name in ("model", "clip", "vae"))
         lessons.require_parts(clip, vae)
         settings = _settings(values)
+        lessons.require_free(clip, settings.name)
         material = lessons.Material(lists["image"], masks, lists["prompt"], values["resolution"])
         pictures = material.pictures(model, vae, settings.name, settings.class_word)
-        identity, lesson, report = lessons.learn(model, clip, pictures, settings)
-        shown = lessons.preview(model, clip, vae, identity, pictures[0], settings.seed)
+        start = values.get("identity")
+        identity, lesson, report = lessons.learn(model, clip, pictures, settings, start)
+        shown, why_not = lessons.preview_or(
+            material.first(), model, clip, vae, identity, pictures[0], settings
+        )
+        report += why_not
         curve = lessons.curve(lesson, settings)
         progress.show(report)
         return io.NodeOutput(identity, shown, curve, report, ui=ui.PreviewText(report))
@@ -137,9 +150,16 @@ def _settings(values: dict[str, Any]) -> LearningSettings:
             "token_steps to 0, or raise token_rate"
         )
     class_word = values["class_word"].strip()
+    if not class_word and not values["start_word"].strip():
+        raise ValueError(
+            "class_word and start_word are both empty, so the word would have no meaning to start "
+            "from: write what it is, such as person"
+        )
     attributes = phrases.split_phrases(values["attributes"])
+    start = values.get("identity")
+    name = values["name"].strip() or ("" if start is None else start.name)
     return LearningSettings(
-        name=require_name(values["name"]),
+        name=require_name(name),
         class_word=class_word,
         start_word=values["start_word"].strip() or class_word,
         attributes=tuple(a for a in attributes if a.casefold() != class_word.casefold()),

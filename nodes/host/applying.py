@@ -44,11 +44,7 @@ def applied(
     """
     if clip is None:
         raise ValueError("clip is empty, as the checkpoint has no text encoder: use Load CLIP")
-    if identity.family != families.name(model):
-        raise ValueError(
-            f"identity <{identity.name}> was learned with {identity.family}, the model is "
-            f"{families.name(model)}: load the model that it was learned with"
-        )
+    require_family(model, identity)
     name = require_name(name) if name.strip() else identity.name
     if name.casefold() in words.known_words(clip):
         raise ValueError(
@@ -56,8 +52,8 @@ def applied(
             "in name"
         )
     model = _with_lora(model, identity, strength)
+    require_fitting(clip, identity)
     if identity.vectors:
-        _require_fitting(clip, identity)
         clip = words.with_words(clip, {name: identity.vectors})
     if mask is not None:
         model = _confined(model, clip, name, mask)
@@ -77,8 +73,19 @@ def _confined(model: ModelPatcher, clip: CLIP, name: str, mask: Tensor) -> Model
     return confining.confined(model, name, mask)
 
 
-def _require_fitting(clip: CLIP, identity: Identity) -> None:
+def require_family(model: ModelPatcher, identity: Identity) -> None:
+    """Refuse an identity of another model family."""
+    if identity.family != families.name(model):
+        raise ValueError(
+            f"identity <{identity.name}> was learned with {identity.family}, the model is "
+            f"{families.name(model)}: load the model that it was learned with"
+        )
+
+
+def require_fitting(clip: CLIP, identity: Identity) -> None:
     """Refuse vectors that no text encoder takes, and tell of text encoders that have none."""
+    if not identity.vectors:
+        return
     widths = {key: encoders.width(clip, key) for key in clip.tokenize("")}
     loaded = {key: width for key, width in widths.items() if width is not None}
     wrong = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,13 +25,13 @@ _lists = (
 """Names of the lists in which transformers have their blocks."""
 
 
-def checkpointed(network: nn.Module) -> PatcherInjection:
-    """An injection by which the blocks of a network of one's own forget what they computed.
+def checkpointed(blocks: Iterable[nn.Module]) -> PatcherInjection:
+    """An injection by which blocks of a network of one's own forget what they computed.
 
     ComfyUI has no hook around a block of every family. The network is a private copy, so nobody
     else sees that its blocks' `forward` is replaced while it is loaded.
     """
-    blocks = list(_blocks(network))
+    blocks = list(blocks)
     originals = [block.forward for block in blocks]
 
     def inject(_patcher: Any) -> None:
@@ -46,7 +46,8 @@ def checkpointed(network: nn.Module) -> PatcherInjection:
     return PatcherInjection(inject=inject, eject=eject)
 
 
-def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a diffusion model."""
     lists = [getattr(network, name, None) for name in _lists]
     found = [block for blocks in lists if isinstance(blocks, nn.ModuleList) for block in blocks]
     if found:
@@ -55,6 +56,12 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
     for module in network.modules():
         if isinstance(module, BasicTransformerBlock | ResBlock):
             yield module
+
+
+def layers_of(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The layers of text encoders, of which each kind has its list under another name."""
+    for child in encoder.children():
+        yield from child if isinstance(child, nn.ModuleList) else layers_of(child)
 
 
 def _forgetting(forward: Callable[..., Any]) -> Callable[..., Any]:

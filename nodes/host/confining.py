@@ -13,7 +13,7 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels import attention as attending
 from ...kernels import masks
@@ -43,7 +43,7 @@ class Confinement:
     mask: Tensor
 
     def bias(self, attention: Attention, padding: str) -> Tensor:
-        """What to add to the scores of one branch, (rows, queries, keys).
+        """What to add to the scores of one branch, (rows, queries, keys); one row for one mask.
 
         Args:
             padding: on which side the model lengthens a prompt's tokens.
@@ -60,8 +60,9 @@ class Confinement:
         frames, *size = place.grid
         inside = masks.resized(self.mask.float(), *size).clamp(0, 1).to(attention.q).flatten(1)
         columns = self._columns(attention, padding)
+        count = 1 if len(self.mask) == 1 else call.rows // len(self.mask)
         return attending.confining_bias(
-            inside.repeat(call.rows // len(self.mask), frames),
+            inside.repeat(count, frames),
             place.image.start,
             columns,
             columns if place.kind == "joint" else [],
@@ -106,15 +107,31 @@ def confined_rows(model: ModelPatcher, confinement: Confinement) -> ModelPatcher
         ValueError: a family whose attention is not known.
     """
     padding = layouts.layout_of(model).text_padding
+    biases: dict[tuple, Tensor] = {}
 
     def handler(attention: Attention, proceed: Proceed) -> Tensor:
         if attention.place.text is None:
             return proceed(attention)
-        bias = confinement.bias(attention, padding)
-        bias = bias.repeat(max(1, len(attention.call.branches)), 1, 1)
-        return proceed(_biased(attention, bias))
+        call = attention.call
+        alike = (call.rows, call.text_length, *_form(attention))
+        if alike not in biases:
+            # Being a parameter, it is taken for something that stays as it is: see
+            # `gradients.copied_for_backward`.
+            biases[alike] = nn.Parameter(confinement.bias(attention, padding), requires_grad=False)
+        bias = biases[alike]
+        if len(bias) > 1:
+            bias = bias.repeat(max(1, len(call.branches)), 1, 1)
+        return proceed(_biased(attention, bias.expand(len(attention.q), -1, -1)))
 
     return tap.tapped(model, handler)
+
+
+def _form(attention: Attention) -> tuple:
+    """What a bias has to fit."""
+    place, q, text = attention.place, attention.q, attention.place.text
+    assert text is not None
+    tokens = place.image.start, text.start, text.stop, q.shape[2], attention.k.shape[2]
+    return place.kind, place.grid, *tokens, q.dtype, q.device
 
 
 def _biased(attention: Attention, bias: Tensor) -> Attention:
@@ -183,9 +200,8 @@ class _Confiner:
         prompts = attention.call.options.get(prompts_key)
         if attention.place.text is None or prompts is None:
             return proceed(attention)
-        call, place = attention.call, attention.place
-        shape = (*attention.q.shape[2:3], *attention.k.shape[2:3], attention.q.dtype)
-        alike = (self, *call.branches, call.latent, place.kind, place.grid, shape)
+        call = attention.call
+        alike = (self, *call.branches, call.latent, *_form(attention))
         if alike not in prompts.biases:
             prompts.biases[alike] = self._bias(attention, prompts)
         bias = prompts.biases[alike]

@@ -7,7 +7,7 @@ word, kept orthogonal to attribute words, whose attention is confined to the per
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,20 +64,29 @@ class Learner(comfy.samplers.Sampler):
         clip: CLIP,
         pictures: list[Picture],
         settings: LearningSettings,
+        start: Mapping[str, Tensor] | None = None,
     ):
         """
         Args:
             clip: from `word_learning.trainable`.
+            start: the word's first vectors, if not those of a word.
+
+        Raises:
+            ValueError: a start_word that the text encoder has no vectors for.
         """
         self.trainee, self.clip, self.pictures = trainee, clip, pictures
         self.settings = settings
         self.lesson = Lesson()
-        self.word = word_learning.LearnedWord(clip, settings.start_word, settings.vectors)
+        start = start or word_learning.first_vectors(
+            clip, settings.start_word, settings.vectors, settings.start_name
+        )
+        self.word = word_learning.LearnedWord(start)
         self._knowing = words.with_words(clip, {settings.name: self.word})
         offsets = list(self.word.offsets.values())
         self._word_optimizer = torch.optim.Adam(offsets, lr=settings.token_rate, betas=(0.9, 0.99))
         changes = trainee.parameters()
         self._optimizer = torch.optim.Adam(changes, lr=settings.rate) if changes else None
+        self._good = training.LastGood([*offsets, *changes])
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._encoded: dict[str, word_learning.EncodedPrompt] = {}
         self._apart: dict[str, tuple[Tensor, Tensor]] = {}
@@ -105,6 +114,8 @@ class Learner(comfy.samplers.Sampler):
 
     def identity(self) -> Identity:
         """What has been learned so far."""
+        if not self._good.is_finite():
+            self._good.restore()
         with torch.no_grad():
             vectors = {key: v.detach().cpu().clone() for key, v in self.word.items()}
         settings = self.settings
@@ -133,7 +144,10 @@ class Learner(comfy.samplers.Sampler):
         """ComfyUI's sampler interface; returns the latent as it came."""
         self._model, self._options = model_wrap.inner_model, extra_args["model_options"]
         self._read_attributes()
+        phases = (0, self.settings.token_steps)
         for steps in self._windows():
+            if steps.start in phases:
+                self.trainee.learn(steps.start >= self.settings.token_steps)
             # Models and text encoders add in place to what autograd has kept.
             with gradients.copied_for_backward():
                 if self.settings.token_rate:
@@ -143,6 +157,7 @@ class Learner(comfy.samplers.Sampler):
                     comfy.model_management.throw_exception_if_processing_interrupted()
                     self._step(step)
                 self._update_word(steps)
+        self._require_numbers(self._good.is_finite(), self.settings.total - 1)
         return latent_image
 
     def _windows(self) -> Iterator[range]:
@@ -163,12 +178,7 @@ class Learner(comfy.samplers.Sampler):
             predicted, sample.clean, sample.sigma, self._weight(picture, sample)
         ).mean()
         value = float(loss.detach())
-        if not math.isfinite(value):
-            rates = "rate and token_rate" if phase_two else "token_rate"
-            raise ValueError(
-                f"loss is no number any more after step {step + 1} of {settings.total}: lower "
-                f"{rates}, or choose fp32 in precision"
-            )
+        self._require_numbers(math.isfinite(value), step)
         self.lesson.losses.append(value)
         if phase_two and settings.preservation:
             part = slice(step % 2, None, 2) if settings.batch > 1 else slice(None)
@@ -182,6 +192,18 @@ class Learner(comfy.samplers.Sampler):
         if self._optimizer is not None:
             self._optimizer.zero_grad()
         self._report(step, picture, prompt)
+
+    def _require_numbers(self, are_there: bool, step: int) -> None:
+        if are_there:
+            self._good.keep()
+            return
+        self._good.restore()
+        settings = self.settings
+        rates = "rate and token_rate" if step >= settings.token_steps else "token_rate"
+        raise ValueError(
+            f"loss is no number any more after step {step + 1} of {settings.total}: lower {rates}, "
+            "or choose fp32 in precision"
+        )
 
     def _noised(self, picture: Picture) -> _Sample:
         settings, sampling = self.settings, self._model.model_sampling
@@ -279,15 +301,22 @@ class Learner(comfy.samplers.Sampler):
         settings = self.settings
         if not settings.token_rate:
             return
+        # Reading the prompts may have made room for the model.
+        word_learning.load(self._knowing)
         self._word_optimizer.zero_grad()
+        apart = {text: self._apart[text] for text in self._encoded if text in self._apart}
+        found = []
         for text, prompt in self._encoded.items():
             loss = None
-            if text in self._apart:
-                apart = self._apart[text]
-                found = losses.cosines(prompt.features, *apart).detach().abs().mean()
-                self.lesson.cosines.append(float(found))
-                loss = settings.orthogonality * word_learning.orthogonality(prompt, *apart)
+            if text in apart:
+                cosines = losses.cosines(prompt.features, *apart[text])
+                found.append(float(cosines.detach().abs().mean()))
+                error = losses.orthogonality_loss(prompt.features, *apart[text])
+                # As the noise's error is the mean over the window.
+                loss = settings.orthogonality * error / len(apart)
             prompt.backward(len(steps), loss)
+        if found:
+            self.lesson.cosines.append(sum(found) / len(found))
         _set_rate(
             self._word_optimizer, settings.token_rate * _remaining(steps.start / settings.total)
         )
@@ -298,11 +327,13 @@ class Learner(comfy.samplers.Sampler):
         settings = self.settings
         if not settings.attributes or not settings.orthogonality or not settings.token_rate:
             return
-        texts = (*settings.attributes, settings.class_word)
+        # Without a class word, the first meaning stands for it.
+        classed = settings.class_word or settings.start_word
+        texts = [*(("attributes", word) for word in settings.attributes), ("class_word", classed)]
         for prompt in {picture.prompt for picture in self.pictures}:
             found = []
             reading = word_learning.features_in_place(self.clip, prompt, settings.name, texts)
-            for text, features in zip(texts, reading, strict=True):
+            for (_, text), features in zip(texts, reading, strict=True):
                 show(f"read '{text}'")
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 found.append(features)
@@ -323,7 +354,7 @@ class Learner(comfy.samplers.Sampler):
         self._progress.update_absolute(step + 1, settings.total, preview)
 
     def _preview(self, picture: Picture, prompt: word_learning.EncodedPrompt) -> Any:
-        """The picture as the model sees it now in much noise, always the same."""
+        """A picture as the model sees it now in much noise, which is always the same."""
         model = self.trainee.model
         previewer = latent_preview.get_previewer(model.load_device, self._model.latent_format)
         if previewer is None:
@@ -339,7 +370,7 @@ class Learner(comfy.samplers.Sampler):
 
 
 def _remaining(done: float) -> float:
-    """Part of a rate after a part of the steps: constant, then falling to nothing."""
+    """Part of a rate after a part of the steps: from 1 to 0 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * done))
 
 

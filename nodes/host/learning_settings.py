@@ -62,6 +62,11 @@ class LearningSettings:
     seed: int = 0
 
     @property
+    def start_name(self) -> str:
+        """The input that the start word comes from."""
+        return "class_word" if self.start_word == self.class_word else "start_word"
+
+    @property
     def total(self) -> int:
         """Steps of both phases."""
         return self.token_steps + self.steps

@@ -18,7 +18,17 @@ from comfy.sd import CLIP, VAE
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from . import applying, arguments, families, identity_files, training, word_learning
+from ...kernels import masks
+from . import (
+    applying,
+    arguments,
+    families,
+    identity_files,
+    phrases,
+    training,
+    word_learning,
+    words,
+)
 from .identity import Identity
 from .learning import Learner
 from .learning_settings import LearningSettings, Lesson, Picture
@@ -67,10 +77,26 @@ class Material:
                 )
         pictures = []
         for image, area, prompt in zip(images, areas, prompts, strict=True):
-            latent = vae.encode(_scaled(_coloured(image), self.resolution))
+            pixels = _scaled(_coloured(image), self.resolution)
+            latent = vae.encode(pixels)
             samples = arguments.latent_samples(model, {"samples": latent})
-            pictures.append(Picture(samples, prompt, area))
+            mask = None if area is None else _as_encoded(vae, area, pixels)
+            pictures.append(Picture(samples, prompt, mask))
         return pictures
+
+    def first(self) -> Tensor:
+        """The first picture as it is learned from, (1, H, W, 3)."""
+        return _scaled(_coloured(self.images[0][:1]), self.resolution)
+
+
+def _as_encoded(vae: VAE, mask: Tensor, pixels: Tensor) -> Tensor:
+    """The part of a picture's mask that VAE Encode leaves of the picture, which it crops."""
+    kept = vae.vae_encode_crop_pixels(pixels).shape[1:3]
+    if mask.shape[1:] == kept:
+        return mask
+    whole = masks.resized(mask.float(), *pixels.shape[1:3]).clamp(0, 1)
+    # In colour, as VAEs that want transparency add that.
+    return vae.vae_encode_crop_pixels(whole[..., None].expand(-1, -1, -1, 3))[..., 0]
 
 
 def require_parts(clip: CLIP | None, vae: VAE | None) -> None:
@@ -83,6 +109,19 @@ def require_parts(clip: CLIP | None, vae: VAE | None) -> None:
         raise ValueError("clip is empty, as the checkpoint has no text encoder: use Load CLIP")
     if vae is None:
         raise ValueError("vae is empty, as the checkpoint has none: use Load VAE")
+
+
+def require_free(clip: CLIP, name: str) -> None:
+    """Refuse a name that prompts know already, before anything is learned.
+
+    Raises:
+        ValueError: an identity of that name has been applied to the text encoder.
+    """
+    if name.casefold() in words.known_words(clip):
+        raise ValueError(
+            f"name is {name}, and the clip knows another identity of that name: write another, or "
+            "connect the clip without Apply Identity"
+        )
 
 
 def precision_for(model: ModelPatcher, chosen: torch.dtype | None) -> torch.dtype | None:
@@ -114,13 +153,13 @@ def placed(prompt: str, name: str, class_word: str) -> str:
     written = re.search(f"<{re.escape(name)}>", prompt, re.IGNORECASE)
     if written:
         return prompt.replace(written[0], f"<{name}>")
-    found = re.search(rf"(?<!\w){re.escape(class_word)}(?!\w)", prompt, re.IGNORECASE)
-    if not class_word or not found:
+    place = phrases.place_of(prompt, class_word)
+    if place is None:
         raise ValueError(
             f"prompt is '{prompt}', which has neither <{name}> nor the class_word '{class_word}': "
             f"write for example 'photo of a <{name}> {class_word or 'person'}'"
         )
-    return f"{prompt[: found.start()]}<{name}> {prompt[found.start() :]}"
+    return f"{prompt[:place]}<{name}> {prompt[place:]}"
 
 
 def _coloured(image: Tensor) -> Tensor:
@@ -152,48 +191,57 @@ def _scaled(image: Tensor, resolution: int) -> Tensor:
 
 
 def learn(
-    model: ModelPatcher, clip: CLIP, pictures: list[Picture], settings: LearningSettings
+    model: ModelPatcher,
+    clip: CLIP,
+    pictures: list[Picture],
+    settings: LearningSettings,
+    start: Identity | None = None,
 ) -> tuple[Identity, Lesson, str]:
     """Learn an identity; returns it, how its learning went, and a report.
 
-    If it is interrupted, what has been learned so far is kept in models/identities.
+    If it stops before its end, what has been learned so far is kept in models/identities.
+
+    Args:
+        start: an identity to learn on from.
 
     Raises:
-        ValueError: see `training.in_training` and `Learner.run`.
+        ValueError: see `training.in_training` and `Learner.run`; or an identity of another model.
     """
     started = time.perf_counter()
     rank = settings.rank if settings.steps else 0
+    vectors, lora = ({}, {}) if start is None else (start.vectors, start.lora)
+    if start is not None:
+        applying.require_family(model, start)
+        applying.require_fitting(clip, start)
     with training.in_training(
-        model, rank, settings.seed, settings.precision, saves_memory=settings.saves_memory
-    ) as trainee:
+        model, rank, settings.seed, settings.precision,
+        saves_memory=settings.saves_memory, lora=lora,
+    ) as trainee:  # fmt: skip
         # What inference mode made can't be kept for gradients.
         own = [
             replace(p, latent=p.latent.clone(), mask=p.mask if p.mask is None else p.mask.clone())
             for p in pictures
         ]
-        learner = Learner(trainee, word_learning.trainable(clip), own, settings)
+        learner = Learner(trainee, word_learning.trainable(clip), own, settings, vectors)
         try:
             learner.run()
-        except comfy.model_management.InterruptProcessingException:
-            _keep(learner)
+        # ComfyUI's interruption is no Exception.
+        except BaseException:
+            if learner.lesson.losses:
+                _keep(learner.identity(), f"after {len(learner.lesson.losses)} steps")
             raise
         identity = learner.identity()
     seconds = time.perf_counter() - started
     return identity, learner.lesson, _report(identity, learner.lesson, settings, seconds)
 
 
-def _keep(learner: Learner) -> None:
-    if not learner.lesson.losses:
-        return
+def _keep(identity: Identity, when: str) -> None:
     try:
-        path = identity_files.save_partial(learner.identity())
+        path = identity_files.save_partial(identity)
     except ValueError as error:
-        log.warning(f"Pinpoint: what was learned until the interruption is lost: {error}")
+        log.warning(f"Pinpoint: learning stopped {when}, and what was learned is lost: {error}")
     else:
-        log.warning(
-            f"Pinpoint: learning was interrupted after {len(learner.lesson.losses)} steps; what "
-            f"was learned until then is in {path}"
-        )
+        log.warning(f"Pinpoint: learning stopped {when}; what was learned until then is in {path}")
 
 
 def _report(identity: Identity, lesson: Lesson, settings: LearningSettings, seconds: float) -> str:
@@ -211,11 +259,40 @@ def _report(identity: Identity, lesson: Lesson, settings: LearningSettings, seco
     return "\n".join(lines)
 
 
+def preview_or(
+    instead: Tensor,
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    identity: Identity,
+    picture: Picture,
+    settings: LearningSettings,
+) -> tuple[Tensor, str]:
+    """See `preview`; another picture if there is none, and why, for what was learned is not lost.
+
+    If it is interrupted, the identity is kept in models/identities.
+    """
+    try:
+        return preview(model, clip, vae, identity, picture, settings), ""
+    except comfy.model_management.InterruptProcessingException:
+        _keep(identity, "while its preview was made")
+        raise
+    except Exception as error:
+        log.warning("Pinpoint: <%s> is learned, but has no preview", identity.name, exc_info=True)
+        return instead, f"\nno preview, as the picture shows itself: {error}"
+
+
 def preview(
-    model: ModelPatcher, clip: CLIP, vae: VAE, identity: Identity, picture: Picture, seed: int
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    identity: Identity,
+    picture: Picture,
+    settings: LearningSettings,
 ) -> Tensor:
     """The picture's prompt, sampled from noise with the identity applied: (1, H, W, 3)."""
-    knowing, reading = applying.applied(model, clip, identity, 1.0, picture.mask)
+    mask = picture.mask if settings.confined else None
+    knowing, reading = applying.applied(model, clip, identity, 1.0, mask)
     conds = [
         reading.encode_from_tokens_scheduled(reading.tokenize(text))
         for text in (picture.prompt, "")
@@ -226,11 +303,11 @@ def preview(
         guidance = 1.0
     latent = torch.zeros_like(picture.latent)
     # ComfyUI's own noise would seed the global generator.
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(settings.seed))
     positive, negative = conds
     samples = comfy.sample.sample(
         knowing, noise, preview_steps, guidance, "euler", "simple", positive, negative, latent,
-        disable_pbar=True, seed=seed,
+        disable_pbar=True, seed=settings.seed,
     )  # fmt: skip
     image = vae.decode(samples)
     return image.reshape(-1, *image.shape[-3:])

@@ -94,6 +94,25 @@ def mentioned(prompt: str, phrases: Iterable[str]) -> list[str]:
     return [phrase for phrase in phrases if _found(atoms, phrase)]
 
 
+def place_of(prompt: str, phrase: str) -> int | None:
+    """Where a phrase begins first in a prompt, found as `encode_with_positions` finds it."""
+    atoms = _atoms(prompt)
+    found = _found(atoms, phrase)
+    return atoms[found[0]].start if found else None
+
+
+def split_clauses(prompt: str) -> list[str]:
+    """What stands between commas or line breaks, together with the one in front of it."""
+    return re.split(f"(?={_separator.pattern})", prompt)
+
+
+def own_tokens(clip: CLIP, text: str) -> dict[str, list[Any]]:
+    """A text's own tokens in each text encoder, numbers or vectors: no start, end or padding."""
+    tokens, template = (clip.tokenize(t, return_word_ids=True) for t in (text, ""))
+    own = {key: _between(*(_listed(clip, key, t) for t in (tokens, template))) for key in tokens}
+    return {key: [token for _, token in listed] for key, listed in own.items()}
+
+
 def encode_with_positions(
     clip: CLIP, text: str, phrases: Iterable[str], name: str, phrases_name: str = "phrases"
 ) -> EncodedPrompt:

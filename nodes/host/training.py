@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -19,6 +20,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter.base import WeightAdapterTrainBase
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from . import checkpointing, families
 log = logging.getLogger(__name__)
 
 injection_key, checkpoint_key = "pinpoint_low_rank", "pinpoint_checkpointing"
-loaded_key = "pinpoint_loaded"
+loaded_key, whole_key = "pinpoint_loaded", "pinpoint_loaded_whole"
 
 _flux = r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12]"
 TARGETS: dict[type[nn.Module], str] = {
@@ -51,7 +53,8 @@ class LowRank(WeightAdapterTrainBase):
 
     def __init__(self, layer: nn.Module, rank: int, generator: torch.Generator):
         super().__init__()
-        outputs, inputs = layer.weight.shape
+        # Weights of quantised layers may be packed, and have another shape.
+        inputs, outputs = layer.in_features, layer.out_features
         bound = inputs**-0.5
         down = torch.rand(rank, inputs, generator=generator) * (2 * bound) - bound
         self.down = nn.Parameter(down)
@@ -61,8 +64,16 @@ class LowRank(WeightAdapterTrainBase):
     def h(self, x: Tensor, base_out: Tensor) -> Tensor:
         """What is added to the layer's output; ComfyUI's interface."""
         if not self.is_on:
-            return torch.zeros_like(base_out)
+            return base_out.new_zeros(())
         return F.linear(F.linear(x, self.down.to(x)), self.up.to(base_out))
+
+    @classmethod
+    def of(cls, layer: nn.Module, up: Tensor, down: Tensor, alpha: Tensor | None) -> LowRank:
+        """A change that was learned before, by the parts of a LoRA."""
+        change = cls(layer, len(down), torch.Generator())
+        scale = 1.0 if alpha is None else float(alpha) / len(down)
+        change.up.data, change.down.data = up.float() * scale, down.float().clone()
+        return change
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """By ComfyUI's LoRA names, fp32 on the CPU."""
@@ -90,21 +101,51 @@ class Trainee:
         """All that can be learned in it."""
         return [p for change in self.changes.values() for p in change.parameters()]
 
+    def learn(self, is_learning: bool) -> None:
+        """Whether the changes are learned. What is not, and still empty, is not calculated."""
+        for change in self.changes.values():
+            change.requires_grad_(is_learning)
+            change.is_on = is_learning or bool(change.up.any())
+
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """While this is open, the model is as it was before the training; without gradients."""
-        for change in self.changes.values():
+        before = [(change, change.is_on) for change in self.changes.values()]
+        for change, _ in before:
             change.is_on = False
         try:
             with torch.no_grad():
                 yield
         finally:
-            for change in self.changes.values():
-                change.is_on = True
+            for change, is_on in before:
+                change.is_on = is_on
 
     def lora(self) -> dict[str, Tensor]:
         """What was learned, as a LoRA."""
         return {k: t for name, c in self.changes.items() for k, t in c.weights(name).items()}
+
+
+class LastGood:
+    """What was learned when the loss was a number for the last time."""
+
+    def __init__(self, learned: list[nn.Parameter]):
+        self._learned = learned
+        self._copies = [parameter.detach().clone() for parameter in learned]
+
+    def keep(self) -> None:
+        """This is good."""
+        for copy, parameter in zip(self._copies, self._learned, strict=True):
+            copy.copy_(parameter.detach())
+
+    def is_finite(self) -> bool:
+        """Whether what is learned now is numbers."""
+        return all(bool(parameter.isfinite().all()) for parameter in self._learned)
+
+    def restore(self) -> None:
+        """Go back."""
+        with torch.no_grad():
+            for copy, parameter in zip(self._copies, self._learned, strict=True):
+                parameter.copy_(copy)
 
 
 def load_again(model: ModelPatcher) -> None:
@@ -121,6 +162,7 @@ def in_training(
     precision: torch.dtype | None = None,
     *,
     saves_memory: bool = False,
+    lora: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Trainee]:
     """A model with low-rank changes, loaded, for the time of a training.
 
@@ -130,14 +172,15 @@ def in_training(
         rank: of the changes; 0 = none.
         precision: in which it computes; None = as it comes.
         saves_memory: whether its blocks are computed twice instead of kept.
+        lora: changes that were learned before and are learned on, whatever the rank.
 
     Raises:
-        ValueError: a family of which the layers to change are not known, or a model that cannot be
-            loaded again.
+        ValueError: a family of which the layers to change are not known, changes of other layers,
+            or a model that cannot be loaded again.
     """
     with torch.inference_mode(False), torch.enable_grad():
         trained = own_copy(model, "model")
-        changes = _low_rank(trained, rank, seed) if rank else {}
+        changes = _low_rank(trained, rank, seed, lora or {}) if rank or lora else {}
         if precision is not None:
             trained.set_model_compute_dtype(precision)
         manager = BypassInjectionManager()
@@ -145,8 +188,9 @@ def in_training(
             manager.add_adapter(name, change)
         trained.set_injections(injection_key, manager.create_injections(trained.model))
         if saves_memory:
-            blocks = checkpointing.checkpointed(trained.model.diffusion_model)
-            trained.set_injections(checkpoint_key, [blocks])
+            blocks = checkpointing.blocks_of(trained.model.diffusion_model)
+            trained.set_injections(checkpoint_key, [checkpointing.checkpointed(blocks)])
+        trained.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, whole_key, _loaded_whole)
         before = comfy.model_management.in_training
         comfy.model_management.in_training = True
         try:
@@ -161,6 +205,11 @@ def load(model: ModelPatcher) -> None:
     """Put a model to be trained where it computes, and leave all the room to its gradients."""
     with torch.no_grad():
         comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
+
+
+def _loaded_whole(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Guiders load a part of a model where memory is scarce, and autograd needs the whole."""
+    return executor(*args, **{**kwargs, "force_full_load": True})
 
 
 def own_copy(patcher: ModelPatcher, name: str) -> ModelPatcher:
@@ -184,7 +233,8 @@ def own_copy(patcher: ModelPatcher, name: str) -> ModelPatcher:
     loaded = load(*inputs, disable_dynamic=True)
     if place:
         loaded = loaded[place[0]]
-    copy = patcher.clone(model_override=loaded.get_clone_model_override())
+    # With dynamic VRAM, the clone would move its weights about while gradients need them.
+    copy = patcher.clone(disable_dynamic=True, model_override=loaded.get_clone_model_override())
     # Some loaders load to the device at once: were this patcher forgotten, ComfyUI would take the
     # copy's model for a leak and collect garbage before every call.
     copy.set_attachments(loaded_key, loaded)
@@ -195,7 +245,9 @@ def own_copy(patcher: ModelPatcher, name: str) -> ModelPatcher:
     return copy
 
 
-def _low_rank(model: ModelPatcher, rank: int, seed: int) -> dict[str, LowRank]:
+def _low_rank(
+    model: ModelPatcher, rank: int, seed: int, lora: Mapping[str, Tensor]
+) -> dict[str, LowRank]:
     network = model.model.diffusion_model
     pattern = next((p for kind, p in TARGETS.items() if isinstance(network, kind)), None)
     if pattern is None:
@@ -205,8 +257,29 @@ def _low_rank(model: ModelPatcher, rank: int, seed: int) -> dict[str, LowRank]:
             "Chroma, Qwen-Image, Z-Image, Lumina 2 or Wan"
         )
     generator = torch.Generator().manual_seed(seed)
-    return {
-        f"diffusion_model.{name}": LowRank(module, rank, generator)
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(pattern, name)
-    }
+    changes = {}
+    for name, module in network.named_modules():
+        # A quantised checkpoint's linear layers are of a class of ComfyUI's own.
+        if not hasattr(module, "in_features") or not re.fullmatch(pattern, name):
+            continue
+        key = f"diffusion_model.{name}"
+        up, down = (lora.get(f"{key}.lora_{side}.weight") for side in ("up", "down"))
+        if up is not None and down is not None:
+            if (len(up), down.shape[1]) != (module.out_features, module.in_features):
+                continue
+            changes[key] = LowRank.of(module, up, down, lora.get(f"{key}.alpha"))
+        elif rank:
+            changes[key] = LowRank(module, rank, generator)
+    strange = {key.rsplit(".lora_up", 1)[0] for key in lora if ".lora_up" in key} - changes.keys()
+    if strange:
+        raise ValueError(
+            f"identity changes {min(strange)}, which cannot be learned on in this model: load the "
+            "model that it was learned with, or disconnect it"
+        )
+    if not changes:
+        raise ValueError(
+            f"model is {families.name(model)}, but none of its layers are those that Pinpoint "
+            "changes: load it with Load Checkpoint or Load Diffusion Model, or set steps to 0, "
+            "which learns a word only"
+        )
+    return changes

@@ -6,41 +6,83 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.sd import CLIP
 from torch import Tensor, nn
 
-from ...kernels import identity as losses
-from . import encoders, training, words
+from . import checkpointing, encoders, phrases, training, words
 
 Conditioning = list[Any]
 
 
 def trainable(clip: CLIP) -> CLIP:
-    """A copy of a text encoder through which gradients reach learned words."""
+    """A copy of a text encoder through which gradients reach learned words.
+
+    Its layers are computed twice: kept between a prompt's steps, each would hold its weights in
+    fp32, in which ComfyUI's text encoders compute. T5-XXL's take 19 GB.
+    """
     copy = clip.clone()
     copy.patcher = training.own_copy(clip.patcher, "clip")
     copy.cond_stage_model = copy.patcher.model
+    layers = checkpointing.layers_of(copy.cond_stage_model)
+    # For good: clones come and go with it, and would take an injection of the patcher along.
+    checkpointing.checkpointed(layers).inject(copy.patcher)
     return copy
 
 
-def embedded(clip: CLIP, text: str) -> dict[str, Tensor]:
-    """The input embeddings of a word in each text encoder, (tokens, width), fp32 on the CPU."""
+def load(clip: CLIP) -> None:
+    """Bring a text encoder back, where a model may have taken its place on the device."""
+    if not comfy.model_management.is_device_cpu(clip.patcher.load_device):
+        comfy.model_management.load_models_gpu([clip.patcher])
+
+
+def embedded(clip: CLIP, text: str, name: str) -> dict[str, Tensor]:
+    """The input embeddings of a text in each text encoder, (tokens, width), fp32 on the CPU.
+
+    Learned words and textual inversions stand for their vectors, as in prompts.
+
+    Args:
+        name: the input that the text came from, for errors.
+
+    Raises:
+        ValueError: a learned word that the text encoder does not know, or no tokens at all.
+    """
+    unknown = words.unknown_words(clip, text)
+    if unknown:
+        raise ValueError(
+            f"{name} has <{unknown[0]}>, which the clip does not know: connect the clip of an "
+            "Apply Identity that does, or write it in other words"
+        )
     found = {}
-    for key in clip.tokenize(""):
-        model = getattr(clip.cond_stage_model, f"clip_{key}", None)
-        model = model or getattr(clip.cond_stage_model, key, None)
-        if model is None:
+    for key, tokens in phrases.own_tokens(clip, text).items():
+        encoder = encoders.part(clip.cond_stage_model, key)
+        if encoder is None:
             continue
-        tokenizer = encoders.part(clip.tokenizer, key)
-        stop = -1 if tokenizer.tokenizer_adds_end_token else None
-        ids = tokenizer.tokenizer(text)["input_ids"][tokenizer.tokens_start : stop]
-        table = model.transformer.get_input_embeddings()
-        device = table.weight.device
-        with torch.no_grad():
-            vectors = table(torch.tensor(ids, device=device), out_dtype=torch.float32)
-        found[key] = vectors.float().cpu().clone()
+        if not tokens:
+            raise ValueError(
+                f"{name} has '{text}', for which the text encoder has no tokens: write it in "
+                "other words"
+            )
+        found[key] = _vectors(encoder.transformer.get_input_embeddings(), tokens)
     return found
+
+
+def _vectors(table: nn.Module, tokens: Sequence[Any]) -> Tensor:
+    numbers = [token if isinstance(token, int) else 0 for token in tokens]
+    ids = torch.tensor(numbers, dtype=torch.long, device=table.weight.device)
+    with torch.no_grad():
+        vectors = table(ids, out_dtype=torch.float32).float().cpu().clone()
+    for row, token in enumerate(tokens):
+        if torch.is_tensor(token):
+            vectors[row] = token.detach()
+    return vectors
+
+
+def first_vectors(clip: CLIP, text: str, count: int, name: str) -> dict[str, Tensor]:
+    """A number of vectors for each text encoder, a text's; see `embedded`."""
+    found = embedded(clip, text, name).items()
+    return {key: vectors[[i % len(vectors) for i in range(count)]] for key, vectors in found}
 
 
 class LearnedWord(Mapping[str, Tensor]):
@@ -54,19 +96,14 @@ class LearnedWord(Mapping[str, Tensor]):
         offsets: what is learned.
     """
 
-    def __init__(self, clip: CLIP, start: str, count: int):
+    def __init__(self, start: Mapping[str, Tensor]):
         """
         Args:
-            clip: from `trainable`.
-            start: the word whose embeddings are the first vectors.
-            count: of vectors for each text encoder.
+            start: the first vectors of each text encoder, (n, width).
         """
-        self._start, self._sizes = {}, {}
-        self.offsets: dict[str, nn.Parameter] = {}
-        for key, vectors in embedded(clip, start).items():
-            rows = vectors[[i % len(vectors) for i in range(count)]]
-            self._start[key], self._sizes[key] = rows, float(rows.square().mean().sqrt())
-            self.offsets[key] = nn.Parameter(torch.zeros_like(rows))
+        self._start = dict(start)
+        self._sizes = {key: float(v.square().mean().sqrt()) for key, v in start.items()}
+        self.offsets = {key: nn.Parameter(torch.zeros_like(v)) for key, v in start.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         return self._start[key] + self._sizes[key] * self.offsets[key]
@@ -148,10 +185,19 @@ def features(cond: Tensor, rows: Sequence[int]) -> Tensor:
     return torch.stack([cond[0, run].mean(0) for run in runs])
 
 
-def features_in_place(clip: CLIP, prompt: str, name: str, texts: Sequence[str]) -> Iterator[Tensor]:
-    """What a text encoder makes of words or phrases in the place of the learned word, in turn."""
+def features_in_place(
+    clip: CLIP, prompt: str, name: str, texts: Sequence[tuple[str, str]]
+) -> Iterator[Tensor]:
+    """What a text encoder makes of words or phrases in the place of the learned word, in turn.
+
+    Args:
+        texts: each with the input that it came from.
+    """
     stand_ins = [f"{name}-{number}" for number in range(len(texts))]
-    vectors = {s: embedded(clip, text) for s, text in zip(stand_ins, texts, strict=True)}
+    vectors = {
+        stand_in: embedded(clip, text, origin)
+        for stand_in, (origin, text) in zip(stand_ins, texts, strict=True)
+    }
     knowing = words.with_words(clip, vectors)
     for stand_in in stand_ins:
         with torch.no_grad():
@@ -167,22 +213,17 @@ def plain(clip: CLIP, text: str) -> Conditioning:
 def without_word(prompt: str, name: str, class_word: str) -> str:
     """A prompt without the learned word: its class word, where that is not written anyway."""
     rest = " ".join(prompt.replace(f"<{name}>", " ").split())
-    if class_word.casefold() in rest.casefold():
+    if not class_word or phrases.place_of(rest, class_word) is not None:
         return rest
     return prompt.replace(f"<{name}>", class_word)
 
 
 def variations(prompt: str, name: str, attributes: Sequence[str]) -> list[str]:
     """The prompt without one of its clauses, or with an attribute as one more."""
-    written, clauses = f"<{name}>", prompt.split(",")
+    written, clauses = f"<{name}>", phrases.split_clauses(prompt)
     without = [
-        ",".join(clauses[:i] + clauses[i + 1 :])
+        "".join(clauses[:i] + clauses[i + 1 :]).lstrip(",\n\uff0c\u3001 ")
         for i, clause in enumerate(clauses)
         if written not in clause
     ]
     return without + [f"{prompt}, {text}" for text in attributes]
-
-
-def orthogonality(prompt: EncodedPrompt, attributes: Tensor, class_word: Tensor) -> Tensor:
-    """See `kernels.identity.orthogonality_loss`."""
-    return losses.orthogonality_loss(prompt.features, attributes, class_word)

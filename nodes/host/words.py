@@ -48,6 +48,12 @@ def known_words(clip: CLIP) -> list[str]:
     return list(clip.words) if isinstance(clip, WordCLIP) else []
 
 
+def unknown_words(clip: CLIP, text: str) -> list[str]:
+    """The names in a text, `<name>`, that a text encoder does not know."""
+    known = known_words(clip)
+    return [match[1] for match in _written.finditer(text) if match[1].casefold() not in known]
+
+
 class WordCLIP(CLIP):
     """A text encoder, as ComfyUI has it, that knows learned words."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+import tiny
 from host import stock, tiny_clip
 from host.edits import left_half
 from host.inprocess import Host
@@ -152,7 +156,7 @@ def test_gradients_gathered_are_those_of_a_single_way(pack: ModuleType, host: Ho
     word_learning = pack.nodes.host.word_learning
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         clip = word_learning.trainable(tiny_clip.clip())
-        word = word_learning.LearnedWord(clip, "person", 2)
+        word = word_learning.LearnedWord(word_learning.first_vectors(clip, "person", 2, "start"))
         knowing = pack.nodes.host.words.with_words(clip, {"ann": word})
         offset = word.offsets["l"]
         goals = [torch.randn(77, 64, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
@@ -174,3 +178,115 @@ def test_gradients_gathered_are_those_of_a_single_way(pack: ModuleType, host: Ho
             whole.backward()
     assert gathered.abs().max() > 1e-3
     torch.testing.assert_close(gathered, offset.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_text_encoder_keeps_no_copies_of_its_weights(pack: ModuleType, host: Host) -> None:
+    """It computes in fp32: what autograd kept of an fp16 encoder would be all its weights anew."""
+    assert host
+    word_learning, kept = pack.nodes.host.word_learning, []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor.detach().clone()
+
+    copied = pack.nodes.host.gradients.copied_for_backward()
+    with torch.inference_mode(False), torch.enable_grad(), copied:
+        clip = word_learning.trainable(tiny_clip.clip())
+        clip.cond_stage_model.half()
+        word = word_learning.LearnedWord(word_learning.first_vectors(clip, "person", 1, "start"))
+        knowing = pack.nodes.host.words.with_words(clip, {"ann": word})
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            prompt = word_learning.encode(knowing, "a <ann> person", "ann")
+        weight = clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[
+            0
+        ].mlp.fc1.weight
+        sizes = {weight.shape, weight.T.shape}
+        assert kept
+        assert not any(tensor.shape in sizes for tensor in kept)
+        prompt.conditioning[0][0].sum().backward()
+        prompt.backward(1, None)
+        assert word.offsets["l"].grad.any()
+
+
+def quantised(folder: Path) -> str:
+    """A file of the tiny SD3 whose linear layers are in fp8, as ComfyUI's quantiser writes it."""
+    weights = tiny.sd3(pooled=False)
+    mark = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    for name in [key for key in weights if re.search(r"attn\.(qkv|proj)\.weight$", key)]:
+        scale = weights[name].abs().max() / 448
+        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+        stem = name.removesuffix("weight")
+        weights |= {f"{stem}weight_scale": scale, f"{stem}comfy_quant": mark.clone()}
+    file = folder / "sd3_fp8.safetensors"
+    save_file(weights, file)
+    return file.name
+
+
+def test_quantised_checkpoints_are_learned_in(
+    pack: ModuleType, tiny_model: TinyModel, host: Host
+) -> None:
+    """Their layers are no nn.Linear, and what is learned goes on top of them when applied."""
+    from comfy.quant_ops import QuantizedTensor
+
+    tiny_model("sd3_bare")
+    file = quantised(host.base / "models" / "diffusion_models")
+    model = stock.call("UNETLoader", unet_name=file, weight_dtype="default")[0]
+    layer = model.model.diffusion_model.joint_blocks[0].x_block.attn.qkv
+    assert isinstance(layer.weight, QuantizedTensor)
+    family = FAMILIES["SD3"]
+    text = family.prompt(1)[0][0]
+    with torch.inference_mode(), pack.nodes.host.training.in_training(model, 2, 1) as trainee:
+        assert len(trainee.changes) == 7
+        found, *ups = Loss(family).gradients(trainee, text)
+        assert found.any()
+        assert len(ups) == 7
+        generator = torch.Generator().manual_seed(2)
+        for change in trainee.changes.values():
+            change.up.data = 0.2 * torch.randn(change.up.shape, generator=generator)
+        trained, lora = answer(trainee.model), trainee.lora()
+    identity = pack.nodes.host.identity.Identity("ann", "person", "SD3", {}, lora)
+    applied, _ = pack.nodes.host.applying.applied(model, tiny_clip.clip(), identity)
+    assert not applied.patches
+    assert (loaded_answer(applied) - loaded_answer(model)).abs().max() > 0.05
+    torch.testing.assert_close(loaded_answer(applied), trained, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_without_known_layers_is_refused(
+    pack: ModuleType, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+
+    training = pack.nodes.host.training
+    monkeypatch.setitem(training.TARGETS, MMDiT, r"elsewhere\.\d+")
+    refused = pytest.raises(ValueError, match="model is SD3, but none of its layers are those that")
+    with refused, training.in_training(tiny_model("sd3_bare"), 2, 1):
+        pass
+
+
+def test_the_copy_stays_where_it_is_loaded(
+    pack: ModuleType, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not of the kind that ComfyUI moves about while it computes, and guiders load it all."""
+    import comfy.model_management
+    import comfy.samplers
+    from comfy.model_patcher import ModelPatcher
+
+    class Moving(ModelPatcher):
+        def is_dynamic(self) -> bool:
+            return True
+
+    model, loads = tiny_model("sd3_bare").clone(), []
+    model.__class__ = Moving
+    true = comfy.model_management.load_models_gpu
+
+    def load(models: list[Any], **given: Any) -> None:
+        loads.append(given.get("force_full_load"))
+        true(models, **given)
+
+    with pack.nodes.host.training.in_training(model, 2, 1) as trainee:
+        assert not trainee.model.is_dynamic()
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu", load)
+        guider = comfy.samplers.CFGGuider(trainee.model)
+        guider.inner_set_conds({"positive": stock.conditioning(1)})
+        stock.inside(guider, torch.zeros(1, 16, 8, 8), lambda *_: None)
+    assert loads == [True]
