@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from host.cases import drawn_pictures, png, saved_pictures
 from host.demo import fresh_base
@@ -90,7 +90,8 @@ def thumbnail(pictures: Pictures, title: str, needs: str) -> Image.Image:
     right = TILE + GAP
     places = ((0, 0), (right, 0), (0, right))
     for (name, picture), (x, y) in zip(pictures.items(), places, strict=False):
-        sheet.paste(picture.resize((TILE, TILE), Image.Resampling.LANCZOS), (x, y))
+        tile = ImageOps.pad(picture, (TILE, TILE), Image.Resampling.LANCZOS, PAPER)
+        sheet.paste(tile, (x, y))
         label = name.replace("_", " ")
         draw.text((x + 10, y + TILE - 30), label, INK, font(18), stroke_width=2, stroke_fill=PAPER)
     left, columns = (right, 17) if len(pictures) > 2 else (0, 36)
