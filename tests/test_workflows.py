@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
-import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -16,28 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from host import stand_ins
-from host.base import make_base
-from host.cases import PORTRAIT, REFERENCE_SEED, drawn_case, drawn_pictures, png
+from host.cases import REFERENCE_SEED, drawn_case, drawn_pictures, png
 from host.comfyui import PACK
 from host.inprocess import Host
 from host.options import WORKFLOWS
 from host.prompts import Graph
 from host.server import Server
+from host.workflows import DEMOS, NAMES, REAL_WEIGHTS, Pictures, load, run
 
-Workflow = dict[str, Any]
-Pictures = dict[str, np.ndarray]
-
-NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
-REAL_WEIGHTS = {
-    "focusflow_sd35_medium": {"ckpt_name"},
-    "focusflow_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
-    "flux_sculptor_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
-    "s2edit_sd15": {"ckpt_name"},
-    "s2edit_sdxl": {"ckpt_name"},
-}
-"""Workflow -> the inputs that name a file which does not ship."""
-DEMOS = [name for name in NAMES if name not in REAL_WEIGHTS]
 RECONSTRUCTION = "inversion_reconstruction"
 """The workflow that edits nothing."""
 SEVERAL_EDITS = "identity_edits"
@@ -48,11 +30,6 @@ TEXTS = ("CLIPTextEncode", "PrimitiveStringMultiline")
 TITLE_HEIGHT = 30
 
 every = pytest.mark.parametrize("name", NAMES)
-
-
-@cache
-def load(name: str) -> Workflow:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -72,43 +49,12 @@ def portrait() -> np.ndarray:
     return np.asarray(drawn_case(0).image)
 
 
-@pytest.fixture(scope="module")
-def short_pictures(
-    host: Host,  # noqa: ARG001
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[[str], Pictures]]:
-    """As `pictures`, for workflows of real models: with tiny stand-ins, and few steps."""
-    base = make_base(tmp_path_factory.mktemp("stand_ins"), checkpoint=False)
-    stand_ins.install(base)
-    with Server(base, cpu=True) as server:
-        server.upload_image(PORTRAIT, png(drawn_case(0).image))
-        yield cache(lambda name: run(server, name, stand_ins.shorten))
-        log = server.log.read_text("utf-8", errors="replace")
-    # A gigabyte, which pytest would keep.
-    shutil.rmtree(base)
-    assert not re.search("missing|unexpected|invalid value", log)
-
-
 def learn_little(graph: Graph) -> None:
     """Learning as the workflows do it takes minutes; tests/bench/identity.py measures it."""
     for node in graph.values():
         if node["class_type"] == "PinpointLearnIdentity":
             steps = {widget: min(node["inputs"][widget], 4) for widget in ("token_steps", "steps")}
             node["inputs"].update(steps, attributes="hair, hat")
-
-
-def run(server: Server, name: str, change: Callable[[Graph], None] = lambda _: None) -> Pictures:
-    graph = server.convert(load(name))
-    change(graph)
-    outputs = server.run(graph)
-    saved = {}
-    for node_id, node in graph.items():
-        if node["class_type"] == "SaveImage":
-            folder, _, picture = node["inputs"]["filename_prefix"].partition("/")
-            assert folder == "pinpoint"
-            content = server.view(**outputs[node_id]["images"][0])
-            saved[picture] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    return saved
 
 
 # The files
@@ -125,7 +71,7 @@ def test_there_are_the_promised_ones() -> None:
 
 
 def test_every_node_of_ours_is_in_a_workflow(host: Host) -> None:
-    """And all of them are run below."""
+    """And all of them are run, here or in `test_real_workflows`."""
     used = {node["type"] for name in NAMES for node in load(name)["nodes"]}
     ours = {
         node_id
@@ -251,24 +197,6 @@ def test_prompts_of_the_reference_are_its_own(name: str) -> None:
             assert differences(own, text.replace("<bea>", "person")) == changed
 
 
-@pytest.mark.parametrize("name", REAL_WEIGHTS)
-def test_models_can_be_downloaded(name: str) -> None:
-    """ComfyUI offers a download for `models` whose name is a widget's value."""
-    models = [
-        (model, node["widgets_values"])
-        for node in load(name)["nodes"]
-        for model in node["properties"].get("models", ())
-    ]
-    assert len(models) == len(REAL_WEIGHTS[name])
-    (note,) = (node for node in load(name)["nodes"] if node["type"] == "MarkdownNote")
-    for model, values in models:
-        assert model["name"] in values
-        assert model["url"].startswith("https://huggingface.co/")
-        assert model["url"].endswith(f"/{model['name']}")
-        assert f"]({model['url']})" in note["widgets_values"][0]
-        assert f"*models/{model['directory']}*" in note["widgets_values"][0]
-
-
 # On a server
 
 
@@ -300,37 +228,6 @@ def test_every_input_gets_a_value(server: Server, name: str) -> None:
         optional = declared.get("optional", {})
         assert declared["required"].keys() <= given.keys(), node["type"]
         assert given.keys() <= declared["required"].keys() | optional.keys(), node["type"]
-
-
-@pytest.mark.parametrize("name", REAL_WEIGHTS)
-def test_only_the_weights_are_missing(server: Server, host: Host, name: str) -> None:
-    import execution
-
-    (host.base / "input" / PORTRAIT).write_bytes(png(drawn_case(0).image))
-    graph = server.convert(load(name))
-    # The source is saved without any model, so ComfyUI would run the graph for that alone.
-    (edit,) = (i for i, node in graph.items() if "pinpoint/edit" in node["inputs"].values())
-    valid, *_, errors = asyncio.run(execution.validate_prompt("check", graph, [edit]))
-    reasons = [
-        (reason["type"], reason["extra_info"]["input_name"])
-        for entry in errors.values()
-        for reason in entry["errors"]
-    ]
-    assert not valid
-    assert sorted(reasons) == sorted(("value_not_in_list", i) for i in REAL_WEIGHTS[name])
-
-
-@pytest.mark.parametrize("name", REAL_WEIGHTS)
-def test_workflow_of_a_real_model_runs(
-    short_pictures: Callable[[str], Pictures], name: str
-) -> None:
-    saved = short_pictures(name)
-    assert saved.keys() == {"source", "edit", "reconstruction" if "s2edit" in name else "mask"}
-    for picture in saved.values():
-        assert picture.shape == (stand_ins.SIDE, stand_ins.SIDE, 3)
-        assert picture.std() > 2
-    others = (picture for kind, picture in saved.items() if kind != "edit")
-    assert not any(np.array_equal(saved["edit"], other) for other in others)
 
 
 @pytest.mark.parametrize("name", EDITS)

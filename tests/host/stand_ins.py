@@ -25,16 +25,21 @@ from .prompts import Graph
 
 Weights = dict[str, Tensor]
 
-
 SIDE = 96
 """Of the pictures in a shortened workflow."""
 _SHORT: dict[str, dict[str, float | str]] = {
     # The least that the node takes.
     "ImageScaleToTotalPixels": {"megapixels": 0.01},
-    "BasicScheduler": {"steps": 3},
+    "BasicScheduler": {"steps": 2},
     "PinpointEditWithWords": {"steps": 3},
     "PinpointStructureDetailEdit": {"steps": 3},
-    "PinpointLearnIdentity": {"token_steps": 2, "steps": 2, "batch": 1, "attributes": "hair, hat"},
+    "PinpointLearnIdentity": {
+        "token_steps": 1,
+        "steps": 1,
+        "batch": 1,
+        "attributes": "hair, hat",
+        "resolution": 64,
+    },
     "PinpointNullTextInversion": {"inner_steps": 1},
 }
 

@@ -1,0 +1,54 @@
+"""The example workflows, and what they save when a server runs them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .options import WORKFLOWS
+from .prompts import Graph
+from .server import Server
+
+Workflow = dict[str, Any]
+Pictures = dict[str, np.ndarray]
+
+NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
+REAL_WEIGHTS = {
+    "focusflow_sd35_medium": {"ckpt_name"},
+    "focusflow_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
+    "flux_sculptor_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
+    "s2edit_sd15": {"ckpt_name"},
+    "s2edit_sdxl": {"ckpt_name"},
+}
+"""Workflow -> the inputs that name a file which does not ship."""
+DEMOS = [name for name in NAMES if name not in REAL_WEIGHTS]
+
+
+@cache
+def load(name: str) -> Workflow:
+    """A workflow as the web page saves it."""
+    return json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
+
+
+def run(server: Server, name: str, change: Callable[[Graph], None] = lambda _: None) -> Pictures:
+    """What a workflow saves, by the last part of its prefix.
+
+    `change` may lower widgets of the graph first.
+    """
+    graph = server.convert(load(name))
+    change(graph)
+    outputs = server.run(graph)
+    saved = {}
+    for node_id, node in graph.items():
+        if node["class_type"] == "SaveImage":
+            folder, _, picture = node["inputs"]["filename_prefix"].partition("/")
+            assert folder == "pinpoint"
+            content = server.view(**outputs[node_id]["images"][0])
+            saved[picture] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    return saved
