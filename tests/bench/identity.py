@@ -148,7 +148,8 @@ def peak_memory(every: float = 0.02) -> Iterator[list[float]]:
         while not done.wait(every):
             seen.append(process.memory_info().rss)
 
-    watcher, grown = threading.Thread(target=watch), []
+    watcher = threading.Thread(target=watch)
+    grown: list[float] = []
     watcher.start()
     try:
         yield grown
@@ -160,7 +161,8 @@ def peak_memory(every: float = 0.02) -> Iterator[list[float]]:
 
 def defaults(lab: Lab) -> dict[str, Any]:
     """The values of Learn Identity's widgets."""
-    inputs = lab.host.nodes["PinpointLearnIdentity"].GET_SCHEMA().inputs
+    node: Any = lab.host.nodes["PinpointLearnIdentity"]
+    inputs = node.GET_SCHEMA().inputs
     return {i.id: i.default for i in inputs if getattr(i, "default", None) is not None}
 
 
@@ -311,7 +313,8 @@ def recreation_scores(panel: Panel, sitter: Sitter, images: Tensor) -> dict[str,
 
 def measured(lab: Lab, sitter: Sitter, recipe: Recipe | None) -> Row:
     """Learn a person, edit, recreate, judge: the means over the person's edits."""
-    model, clip, row = lab.model, lab.clip, {}
+    model, clip = lab.model, lab.clip
+    row: Row = {}
     if recipe is not None:
         model, clip, row = learned(lab, sitter, recipe)
     panel = Panel(sitter.edits)

@@ -98,8 +98,8 @@ def measured(lab: Lab, transfer: Transfer, *, knows: bool) -> Row:
     seconds = time.perf_counter() - started
     source = caption(sitter.person)
     own = f"{sitter.person.attributes['lips']} lips"
-    pair = tuple(worded(source, lips, knows=knows) for lips in (own, f"<{look}> lips"))
-    images = identity.edited(lab, model, clip, sitter, [pair])
+    before, after = (worded(source, lips, knows=knows) for lips in (own, f"<{look}> lips"))
+    images = identity.edited(lab, model, clip, sitter, [(before, after)])
     return {"learning_seconds": seconds, **_means(sitter, images)}
 
 

@@ -33,8 +33,8 @@ NEEDS = {
     "focusflow_sd35_medium": ("focusflow", "SD3.5 medium"),
     "focusflow_flux1_dev": ("focusflow", "Flux.1-dev"),
     "flux_sculptor_flux1_dev": ("flux_sculptor", "Flux.1-dev"),
-    "s2edit_sd15": ("focusflow", "SD1.5"),
-    "s2edit_sdxl": ("focusflow", "SDXL"),
+    "s2edit_sd15": ("identity_edits", "SD1.5"),
+    "s2edit_sdxl": ("identity_edits", "SDXL"),
 }
 """Workflow -> the demo workflow in whose place it stands, and the model that it needs."""
 
