@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -14,6 +17,8 @@ from torch import Tensor
 from . import arguments, families
 from .guiding import Conditioning, Options
 from .inversion import Trajectory
+
+log = logging.getLogger(__name__)
 
 text_key = "c_crossattn"
 """Where ComfyUI's prepared conditionings hold what cross-attention reads."""
@@ -45,10 +50,35 @@ class NullTextTrajectory(Trajectory):
 
 
 def with_text(entry: dict[str, Any], embedding: Tensor) -> dict[str, Any]:
-    """A prepared conditioning whose cross-attention reads another embedding (B, tokens, width)."""
+    """A prepared conditioning whose cross-attention reads another embedding (B, tokens, width).
+
+    It goes where the one was that it replaces, in the same precision: ComfyUI leaves prompts in
+    main memory until a call, and puts only those into one call that lie on the same device.
+    """
     prepared = entry["model_conds"]
-    text = type(prepared[text_key])(embedding)
+    replaced = prepared[text_key]
+    text = type(replaced)(embedding.to(replaced.cond))
     return {**entry, "model_conds": {**prepared, text_key: text}}
+
+
+def tunable(entry: dict[str, Any], like: Tensor) -> Tensor:
+    """A prepared conditioning's embedding (B, tokens, width) for each of B latents, in fp32.
+
+    It lies where the latents do, and with it what gradients are scaled by.
+    """
+    text = entry["model_conds"][text_key].cond
+    return comfy.utils.repeat_to_batch_size(text.to(like.device, torch.float32), len(like))
+
+
+def warn_of_other_guidance(trajectory: NullTextTrajectory, guidance: float) -> None:
+    """Say that embeddings that were tuned for another guidance do not lead back."""
+    if not math.isclose(trajectory.guidance, guidance, rel_tol=1e-6):
+        log.warning(
+            "Pinpoint: the trajectory's embeddings were tuned for guidance %g, the guider has %g, "
+            "so the source prompt leads to another picture: set both to the same",
+            trajectory.guidance,
+            guidance,
+        )
 
 
 class NullTextGuider(comfy.samplers.CFGGuider):
@@ -83,7 +113,7 @@ class NullTextGuider(comfy.samplers.CFGGuider):
         seed: int | None = None,
     ) -> Tensor:
         """As ComfyUI's."""
-        embedding = self.unconditional(float(timestep[0])).to(x.device)
+        embedding = self.unconditional(float(timestep[0]))
         # One for each area of the positive prompt.
         negatives = [with_text(entry, embedding) for entry in self.conds["negative"]]
         return comfy.samplers.sampling_function(
@@ -118,6 +148,7 @@ class ReplayGuider(NullTextGuider):
                 "Inversion"
             )
         trajectory.require_family(families.name(model))
+        warn_of_other_guidance(trajectory, guidance)
         self.trajectory = trajectory
         super().__init__(model, positive, trajectory.negative, guidance, trajectory.unconditional)
 

@@ -20,7 +20,7 @@ from ...kernels import null_text
 from . import families, gradients
 from .guiding import Conditioning, Options
 from .inversion import checked_schedule
-from .null_text import NullTextGuider, NullTextTrajectory, text_key
+from .null_text import NullTextGuider, NullTextTrajectory, tunable
 from .progress import show
 
 
@@ -126,8 +126,7 @@ class NullTextOptimisation(comfy.samplers.Sampler):
         first = (sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
         x = model_wrap.inner_model.model_sampling.noise_scaling(*first)
         self.latents = [x.cpu()]
-        text = model_wrap.conds["negative"][0]["model_conds"][text_key].cond
-        self.embedding = comfy.utils.repeat_to_batch_size(text.float(), len(x))
+        self.embedding = tunable(model_wrap.conds["negative"][0], x)
         schedule = sigmas.tolist()
         optimises = self.settings.inner_steps > 0 and not math.isclose(model_wrap.cfg, 1.0)
         for index, (sigma, following) in enumerate(pairwise(schedule)):
@@ -271,11 +270,17 @@ class NullTextInversion:
         """Invert a latent from the wire; returns the way in the model's space and a report.
 
         Raises:
-            ValueError: sigmas that do not rise or fall, or a model that gives no usable gradient.
+            ValueError: sigmas that do not rise or fall, or do not reach the picture, or a model
+                that gives no usable gradient.
         """
         sampling = self.model.get_model_object("model_sampling")
         # Published schedules round the highest noise level.
         rising = sorted(checked_schedule(sigmas, 1.01 * float(sampling.sigma_max)))
+        if rising[0] > 0:
+            raise ValueError(
+                f"sigmas end at {rising[0]:.3g}, but the picture is at 0: connect the sigmas of a "
+                "scheduler whole, not a part of them"
+            )
         tuned = gradients.differentiable(self.model)
         steps = len(rising) - 1
         total = steps * (self.settings.inner_steps + 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,3 +91,24 @@ class NullText:
 def null_text_for(model: Any, name: str, **settings: Any) -> NullText:
     """A null-text inversion with a tiny model."""
     return NullText(model, *prompts_for(name), **settings)
+
+
+class Inverted(NamedTuple):
+    """A null-text inversion, and what came of it."""
+
+    job: NullText
+    noise: Any
+    trajectory: Any
+
+
+@cache
+def inverted(tiny_model: Callable[[str], Any], name: str) -> Inverted:
+    """The same inversion with a tiny model for all tests that only look at it."""
+    job = null_text_for(tiny_model(name), name)
+    noise, _, trajectory, _ = job.run()
+    return Inverted(job, noise, trajectory)
+
+
+def predicted(job: NullText, x: Tensor, sigma: float) -> Tensor:
+    """Noise that the source prompt predicts, by ComfyUI's own guider."""
+    return stock.velocity(job.model, job.source, None, 1.0, x, sigma)
