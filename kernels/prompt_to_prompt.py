@@ -110,7 +110,7 @@ def edited_attention(own: Looks, source: Looks, v: Tensor, edit: MapEdit, scale:
 
     Where the keys are the prompt's alone (cross-attention) the maps are used as they come, as
     published. Where there are others (joint attention, ours) these are scaled so that each query's
-    probabilities still sum to 1.
+    probabilities still sum to 1; a prompt whose part alone is more is scaled to 1.
 
     Args:
         own, source: of the target's and the source's queries, of which there are equally many.
@@ -134,8 +134,10 @@ def edited_attention(own: Looks, source: Looks, v: Tensor, edit: MapEdit, scale:
         words = maps[..., own.text]
         edited = edit(words, source_weights[..., source.text] / source_total)
         if joint:
+            share = edited.sum(-1, keepdim=True)
             rest = (1 - words.sum(-1, keepdim=True)).clamp(min=torch.finfo(maps.dtype).eps)
-            maps *= (1 - edited.sum(-1, keepdim=True)).clamp(min=0) / rest
+            maps *= (1 - share).clamp(min=0) / rest
+            edited = edited / share.clamp(min=1)
         maps[..., own.text] = edited
         outputs.append(maps @ values)
     return torch.cat(outputs, 2)

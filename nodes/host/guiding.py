@@ -31,6 +31,9 @@ pair_key = "pinpoint_pair"
 """In `model_options`: marks a call of the guider whose batch is [target rows, source rows]."""
 differing_key = "pinpoint_prompts_differ"
 """In `transformer_options`: set on a model to which the same two prompts are not the same."""
+parts_key = "pinpoint_prompt_parts"
+"""In `transformer_options`: uuids of the source's and of the target's positive conditionings, each
+in their order."""
 
 
 class SourceTargetGuider(comfy.samplers.CFGGuider):
@@ -280,17 +283,18 @@ class Branch:
 def _with_sources(options: Options, sources: Conds, targets: Conds = ()) -> Options:
     """Options that tell attention handlers which conditionings are the source's."""
     inner = dict(options["transformer_options"])
-    inner[tap.source_key] = _uuids(sources)
+    inner[tap.source_key] = frozenset(_uuids(sources))
     if values.sharing_key in inner:
         # Hooks of guidance may evaluate the target once more, as perturbed attention does.
         hooks = (f"sampler_{name}_function" for name in ("pre_cfg", "cfg", "post_cfg"))
         asked_again = any(options.get(hook) for hook in hooks)
         inner[values.shared_key] = values.SharedValues(_uuids(targets), asked_again)
+        inner[parts_key] = [_uuids(conds[:1]) for conds in (sources, targets)]
     return {**options, "transformer_options": inner}
 
 
-def _uuids(conds: Conds) -> frozenset[Any]:
-    return frozenset(c["uuid"] for entries in conds for c in entries or ())
+def _uuids(conds: Conds) -> list[Any]:
+    return [c["uuid"] for entries in conds for c in entries or ()]
 
 
 def _text_shape(conds: list[dict]) -> list[torch.Size]:

@@ -6,6 +6,7 @@ import logging
 from itertools import pairwise
 from typing import Any
 
+import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from torch import Tensor
@@ -20,7 +21,7 @@ from .guiding import (
     pair_key,
 )
 from .inversion import Trajectory
-from .null_text import NullTextTrajectory, with_text
+from .null_text import NullTextTrajectory, warn_of_other_guidance, with_text
 from .prompt_to_prompt import BlendHeat, BlendSettings, blend_key, heat_key
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class PairGuider(SourceTargetGuider):
             way.require_family(families.name(model))
         if isinstance(way, NullTextTrajectory):
             negative = way.negative
+            warn_of_other_guidance(way, target_guidance)
         guidances = (source_guidance, target_guidance)
         super().__init__(model, source, target, negative, *guidances, mode)
         self.way = way
@@ -78,19 +80,36 @@ class PairGuider(SourceTargetGuider):
         layouts.layout_of(model)
 
     def inner_sample(
-        self, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any
+        self,
+        noise: Tensor,
+        latent_image: Tensor,
+        device: torch.device,
+        sampler: comfy.samplers.Sampler,
+        sigmas: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """As ComfyUI's; outside of a local blend a source that was inverted keeps its bits."""
         if self.way is not None:
             self.way.require_fitting(latent_image, families.name(self.model_patcher))
         options = self.model_options["transformer_options"]
         self.source_path = _SourcePath(self.way)
-        self.blend = _LocalBlend(options.get(blend_key), BlendHeat())
-        edited = super().inner_sample(noise, latent_image, *args, **kwargs)
-        area = self.blend.area
-        if self.way is None or area is None or not latent_image.any():
+        heat = BlendHeat(tuple(latent_image.shape[2:]))
+        self.blend = _LocalBlend(options.get(blend_key), heat)
+        given = (noise, latent_image, device, sampler, sigmas, *args)
+        edited = super().inner_sample(*given, **kwargs)
+        area = self.blend.area if self.blend.held_last else None
+        # With noise left in either, the two do not belong into one latent.
+        if self.way is None or area is None or max(self.way.sigmas[-1], float(sigmas[-1])) > 0:
             return edited
-        return torch.where(area, edited, latent_image)
+        return torch.where(area, edited, self._source(latent_image))
+
+    def _source(self, latent_image: Tensor) -> Tensor:
+        """The inverted picture as on the LATENT wire, bit by bit if that is what was connected."""
+        assert self.way is not None
+        into, out = self.inner_model.process_latent_in, self.inner_model.process_latent_out
+        source = out(self.way.source.to(latent_image))
+        return torch.where(source == out(into(latent_image)), latent_image, source)
 
     def predict_noise(
         self,
@@ -114,7 +133,7 @@ class PairGuider(SourceTargetGuider):
             super().predict_noise(both, torch.cat([timestep, timestep]), options, seed).chunk(2)
         )
         source = self.source_path.denoised(source, sigma)
-        self.blend.look(x, sigma)
+        self.blend.look()
         return self.blend.held(target, source, sigma)
 
     def _branch(
@@ -122,7 +141,7 @@ class PairGuider(SourceTargetGuider):
     ) -> Branch:
         branch = super()._branch(conds, x, sigma, cfg, options)
         if isinstance(self.way, NullTextTrajectory) and branch.negative is not None:
-            embedding = self.way.unconditional(float(sigma[0])).to(x.device)
+            embedding = self.way.unconditional(float(sigma[0]))
             branch.negative = [with_text(entry, embedding) for entry in branch.negative]
         return branch
 
@@ -189,14 +208,18 @@ class _LocalBlend:
         self.settings = settings
         self.heat = heat if settings is not None else None
         self.area: Tensor | None = None
+        self.held_last = False
+        """Whether it acted on what was given to it last."""
 
-    def look(self, latent: Tensor, sigma: float) -> None:
+    def look(self) -> None:
         """Renew the area by all attention that was read so far."""
         if self.settings is not None and self.heat is not None:
-            self.area = self.heat.area(latent, self.settings.threshold)
+            self.area = self.heat.area(self.settings.threshold)
 
     def held(self, target: Tensor, source: Tensor, sigma: float) -> Tensor:
         """The target inside the area, the source elsewhere."""
+        self.held_last = False
         if self.settings is None or self.area is None or sigma > self.settings.first_sigma:
             return target
+        self.held_last = True
         return torch.where(self.area, target, source)

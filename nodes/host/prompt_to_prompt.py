@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,27 +82,81 @@ class ControlSettings:
 
 
 @dataclass
+class _Sum:
+    """Maps of one grid, summed up.
+
+    Attributes:
+        source, target: (B, frames, rows * columns).
+        times: how often each frame was added, as context windows overlap.
+    """
+
+    source: Tensor
+    target: Tensor
+    times: Tensor
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The source's and the target's."""
+        times = self.times.clamp(min=1)[:, None]
+        return self.source / times, self.target / times
+
+
+@dataclass
 class BlendHeat:
-    """Attention to the words of a local blend, summed up over a run, by the grids of tokens."""
+    """Attention to the words of a local blend, summed up over a run, by the grids of tokens.
 
-    sums: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    Attributes:
+        size: of the whole latent's places, ([T,] H, W).
+        sums: by frames, rows and columns of all tokens, whatever window they came in.
+    """
 
-    def add(self, grid: tuple[int, int, int], source: Tensor, target: Tensor) -> None:
-        """Add the maps of one block, (B, Q) each."""
-        before = self.sums.get(grid, (0, 0))
-        self.sums[grid] = (before[0] + source, before[1] + target)
+    size: tuple[int, ...]
+    sums: dict[tuple[int, int, int], _Sum] = field(default_factory=dict)
 
-    def area(self, latent: Tensor, threshold: float) -> Tensor | None:
+    def add(self, call: tap.ModelCall, place: Place, source: Tensor, target: Tensor) -> None:
+        """Add the maps of one block, (B, Q) each.
+
+        Raises:
+            ValueError: a call of which it is not known where in the picture it lies.
+        """
+        seen, rows, columns = place.grid
+        frames = list(range(seen)) if call.window is None else self._frames(call, seen)
+        if call.latent[-2:] != self.size[-2:]:
+            raise ValueError(
+                "blend_words need prompts for the whole picture, but one of the guider's has an "
+                "area: take the area out, or leave blend_words empty"
+            )
+        grid = (seen if call.window is None else self.size[0], rows, columns)
+        if grid not in self.sums:
+            empty = source.new_zeros(2, len(source), grid[0], rows * columns)
+            self.sums[grid] = _Sum(empty[0], empty[1], source.new_zeros(grid[0]))
+        before, index = self.sums[grid], torch.tensor(frames, device=source.device)
+        for whole, part in ((before.source, source), (before.target, target)):
+            # A window's first frame may be another's, shown to it only as a beginning.
+            whole.index_add_(1, index, part.unflatten(1, (seen, -1))[:, seen - len(frames) :])
+        before.times.index_add_(0, index, torch.ones_like(index, dtype=source.dtype))
+
+    def _frames(self, call: tap.ModelCall, seen: int) -> list[int]:
+        """The frames of a context window."""
+        frames = list(call.window or ())
+        dim = getattr(call.options["context_window"], "dim", None)
+        over_frames = len(self.size) == 3 and dim == 2
+        if not over_frames or len(frames) > seen:
+            raise ValueError(
+                "blend_words need context windows over the frames of a film: set their dim to 2, "
+                "or leave blend_words empty"
+            )
+        return frames
+
+    def area(self, threshold: float) -> Tensor | None:
         """(B, 1, [T,] H, W), True where either prompt looks at its words; None if none did yet."""
         if not self.sums:
             return None
-        size = latent.shape[2:]
         # As published: 16x16 tokens for latents of 64x64.
-        wanted = math.log(size[-2] * size[-1] / 16)
+        wanted = math.log(self.size[-2] * self.size[-1] / 16)
         grid = min(self.sums, key=lambda g: (abs(math.log(g[1] * g[2]) - wanted), g))
         areas = [
-            maps.word_area(heat.view(len(heat), *grid), tuple(size), threshold)
-            for heat in self.sums[grid]
+            maps.word_area(heat.view(len(heat), *grid), self.size, threshold)
+            for heat in self.sums[grid].means()
         ]
         return areas[0] | areas[1]
 
@@ -129,20 +183,20 @@ class _Controller:
         heat = self._heat(attention)
         if not crosses and not keeps and heat is None:
             return proceed(attention)
-        source, targets = self._pair(attention)
-        if source is None:
+        pairs = self._pairs(attention)
+        if not pairs:
             return proceed(attention)
         if keeps:
-            attention = _looking_alike(attention, source, targets)
+            attention = _looking_alike(attention, pairs)
         out = proceed(attention)
-        for rows in targets:
+        for rows, source in pairs:
             own = _looks(attention, rows)
             if heat is not None:
                 found = (
                     self._blend_map(attention, looks, i)
                     for i, looks in ((0, source.looks), (1, own))
                 )
-                heat.add(attention.place.grid, *found)
+                heat.add(attention.call, attention.place, *found)
             if crosses:
                 out[rows, attention.place.image] = self._edited(attention, rows, own, source.looks)
         return out
@@ -154,11 +208,11 @@ class _Controller:
             return None
         return attention.call.options.get(heat_key) if place.block in self.settings.blocks else None
 
-    def _pair(self, attention: tap.Attention) -> tuple[_Kept | None, list[slice]]:
-        """The source's looks, and the rows of the targets that take them.
+    def _pairs(self, attention: tap.Attention) -> list[tuple[slice, _Kept]]:
+        """The rows of each of the target's parts, and the looks of the source's that it takes.
 
-        There is no source in calls that evaluate one prompt alone, and in those that other packs
-        make beside the guider's.
+        There are none in calls that evaluate one prompt alone, and in those that other packs make
+        beside the guider's.
         """
         call, place = attention.call, attention.place
         shared: values.SharedValues | None = call.options.get(values.shared_key)
@@ -167,21 +221,26 @@ class _Controller:
                 "Prompt-to-Prompt takes attention from the source prompt's branch, but this guider "
                 "has none: use a Prompt-to-Prompt Guider"
             )
-        sources = call.rows_of(lambda uuid, index: index == 0 and uuid in call.sources)
-        targets = call.rows_of(lambda uuid, index: index == 0 and uuid not in call.sources)
-        key = (id(self), place.block, place.kind, place.grid, call.window)
-        if sources:
-            source = _Kept(_looks(attention, sources[0]), place.image)
-            shared.kept[key] = None if targets else _cloned(source)
-            return (source if targets else None), targets
-        if not targets or not call.sources:
-            return None, []
-        if key not in shared.kept:
+        if not call.sources:
+            return []
+        base = (id(self), place.block, place.kind, place.grid, call.window)
+        here: dict[tuple, _Kept] = {}
+        targets = []
+        for i, (uuid, index) in enumerate(call.branches):
+            rows = slice(i * call.rows, (i + 1) * call.rows)
+            if index == 0 and uuid in call.sources:
+                key = (*base, uuid)
+                here[key] = _Kept(_looks(attention, rows), place.image)
+            elif index == 0:
+                targets.append((rows, (*base, _partner(call, uuid))))
+        if here and shared.needed_after(call):
+            shared.kept |= {key: _cloned(source) for key, source in here.items()}
+        if any(key not in here and key not in shared.kept for _, key in targets):
             raise ValueError(
                 "source and target could not be evaluated alike, so there is no attention to take: "
-                "give the two prompts the same areas"
+                "give the two prompts the same areas, in the same order"
             )
-        return shared.kept[key], targets
+        return [(rows, here.get(key) or shared.kept[key]) for rows, key in targets]
 
     def _edited(self, attention: tap.Attention, rows: slice, own: Looks, source: Looks) -> Tensor:
         """(B, picture's tokens, heads * width) of a target with its prompt's maps edited."""
@@ -206,6 +265,23 @@ class _Controller:
             looks.q, looks.k, columns[:, None], attention.scale, looks.mask
         )
         return found[..., 0]
+
+
+def _partner(call: tap.ModelCall, uuid: Any) -> Any:
+    """Which of the source's parts one of the target's takes its attention from.
+
+    Raises:
+        ValueError: there are several, and not as many as the target has.
+    """
+    sources, targets = call.options[guiding.parts_key]
+    if len(sources) == 1:
+        return sources[0]
+    if len(sources) != len(targets) or uuid not in targets:
+        raise ValueError(
+            f"source has {len(sources)} parts and target {len(targets)}, so that it is not known "
+            "whose attention each takes: give the two prompts the same areas, in the same order"
+        )
+    return sources[targets.index(uuid)]
 
 
 def _words(looks: Looks) -> int:
@@ -245,14 +321,14 @@ def _cloned(source: _Kept) -> _Kept:
     return replace(source, looks=looks._replace(q=looks.q.clone(), k=looks.k.clone()))
 
 
-def _looking_alike(attention: tap.Attention, source: _Kept, targets: list[slice]) -> tap.Attention:
+def _looking_alike(attention: tap.Attention, pairs: list[tuple[slice, _Kept]]) -> tap.Attention:
     """An attention in which the target's picture has the source's queries and keys.
 
     With the target's values this is the published replacement of self-attention maps, and costs
     nothing. In joint attention it is that of Shin et al., 2025 (arXiv 2508.07519).
     """
     image, q, k = attention.place.image, attention.q.clone(), attention.k.clone()
-    for rows in targets:
+    for rows, source in pairs:
         q[rows, :, image] = source.looks.q
         k[rows, :, image] = source.looks.k[:, :, source.image]
     return replace(attention, q=q, k=k)

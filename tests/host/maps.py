@@ -81,6 +81,7 @@ class Control:
     weight: Tensor = field(default_factory=lambda: torch.ones(WORDS))
     blend: tuple[Tensor, Tensor] | None = None
     threshold: float = 0.3
+    blend_sigma: float = math.inf
     blocks: str = "all"
 
     @property
@@ -99,7 +100,8 @@ class Control:
             p2p.sigma_after(model, self.self_until),
             self.grids,
         )
-        return p2p.controlled(model, prompts, settings, p2p.BlendSettings(self.threshold))
+        blend = p2p.BlendSettings(self.threshold, self.blend_sigma)
+        return p2p.controlled(model, prompts, settings, blend)
 
     def written_out(
         self,
@@ -147,9 +149,10 @@ class Control:
         image, shown = (slice(text.stop, text.stop + tokens) for text in (ours, theirs))
         changed, rows = maps.clone(), maps[:, :, image]
         edited = edit(rows[..., ours], source[:, :, shown, theirs])
+        edited = edited / edited.sum(-1, keepdim=True).clamp(min=1)
         rest = rows.clone()
         rest[..., ours] = 0
-        rest = rest * (1 - edited.sum(-1, keepdim=True)).clamp(min=0) / rest.sum(-1, keepdim=True)
+        rest = rest * (1 - edited.sum(-1, keepdim=True)) / rest.sum(-1, keepdim=True)
         rest[..., ours] = edited
         changed[:, :, image] = rest
         return changed

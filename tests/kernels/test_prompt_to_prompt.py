@@ -146,18 +146,27 @@ def test_cross_attention_is_published(
 
 
 @pytest.mark.parametrize("text", [slice(0, WORDS), slice(6, 6 + WORDS)])
-def test_joint_attention_still_sums_to_one(p2p: ModuleType, text: slice) -> None:
+@pytest.mark.parametrize("factor", [1.0, 8.0, -3.0], ids=["some", "more than all", "negative"])
+def test_joint_attention_still_sums_to_one(p2p: ModuleType, text: slice, factor: float) -> None:
+    """Words that would be more than the whole are all that is left."""
     own, source = looks(p2p, 1, 14, text), looks(p2p, 3, 12, slice(0, 4))
-    v, edit = randn(5, 2, 2, 14, 3), edit_of(p2p, weight=torch.tensor([1.0, 1.5, 0.5, 1.0, 1.0]))
+    weight = factor * torch.tensor([1.0, 1.5, 0.5, 1.0, 1.0])
+    v, edit = randn(5, 2, 2, 14, 3), edit_of(p2p, weight=weight)
     maps = softmax(*own[:2]).float()
     words = edit(maps[..., text], softmax(*source[:2]).float()[..., :4])
+    share = words.sum(-1, keepdim=True)
+    assert bool((share > 1).any()) == (factor == 8)
+    words = torch.where(share > 1, words / share, words)
     rest = maps.clone()
     rest[..., text] = 0
-    maps = rest / rest.sum(-1, keepdim=True) * (1 - words.sum(-1, keepdim=True)).clamp(min=0)
+    maps = rest / rest.sum(-1, keepdim=True) * (1 - words.sum(-1, keepdim=True))
     maps[..., text] = words
     assert torch.allclose(maps.sum(-1), torch.ones(2, 4, 7))
     found = p2p.edited_attention(own, source, v, edit, SCALE)
     torch.testing.assert_close(found, maps @ v.repeat_interleave(2, 1), rtol=1e-4, atol=1e-5)
+    # Values that are all the same come out as they are, whatever they are weighted by.
+    ones = p2p.edited_attention(own, source, torch.ones_like(v), edit, SCALE)
+    torch.testing.assert_close(ones, torch.ones_like(ones))
 
 
 @pytest.mark.parametrize("keys", [WORDS, 14])

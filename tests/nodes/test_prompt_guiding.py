@@ -1,4 +1,4 @@
-"""Whole samplings of Prompt-to-Prompt Guider: equal prompts, the source's way, local blend."""
+"""Whole samplings of Prompt-to-Prompt Guider: equal prompts, the source's way, null-text."""
 
 from __future__ import annotations
 
@@ -18,64 +18,20 @@ from host import stock
 from host.edits import Edit
 from host.inversions import Calls, euler
 from host.maps import Control, pair_guider
+from host.pairs import (
+    GUIDANCE,
+    guider_of,
+    noise_of,
+    sampled,
+    stock_guider,
+    trajectory_of,
+    words_at,
+)
 from host.tapping import FAMILIES, WORDS, Family
 
 TinyModel = Callable[[str], Any]
 
 some = pytest.mark.parametrize("name", ["SD1.5", "SDXL", "SD3", "Flux"])
-GUIDANCE = 2.0
-
-
-def prompt(family: Family, seed: int) -> stock.Conditioning:
-    """With the guidance that the guider gives as a number."""
-    return stock.with_values(family.prompt(seed), guidance=GUIDANCE)
-
-
-def schedule(model: Any, steps: int = 5) -> Tensor:
-    return stock.call("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)[
-        0
-    ]
-
-
-def sampled(
-    guider: Any, latent: Tensor, sampler: Any = None, noise: Any = None, sigmas: Any = None
-) -> Tensor:
-    model = guider.model_patcher
-    return stock.call(
-        "SamplerCustomAdvanced",
-        noise=stock.call("RandomNoise", noise_seed=3)[0] if noise is None else noise,
-        guider=guider,
-        sampler=euler() if sampler is None else sampler,
-        sigmas=schedule(model) if sigmas is None else sigmas,
-        latent_image={"samples": latent},
-    )[0]["samples"]
-
-
-def stock_guider(model: Any, family: Family, seed: int) -> Any:
-    """ComfyUI's, for one prompt."""
-    if family.model == "flux":
-        return stock.call("BasicGuider", model=model, conditioning=prompt(family, seed))[0]
-    prompts = dict(positive=prompt(family, seed), negative=family.prompt(9))
-    return stock.call("CFGGuider", model=model, **prompts, cfg=GUIDANCE)[0]
-
-
-def guider_of(model: Any, family: Family, source: int = 1, target: int = 2, **given: Any) -> Any:
-    """A Prompt-to-Prompt Guider for prompts by their seeds."""
-    guidance = dict(source_guidance=GUIDANCE, target_guidance=GUIDANCE)
-    prompts = (family.prompt(source), family.prompt(target), family.prompt(9))
-    return pair_guider(model, *prompts, **{**guidance, **given})
-
-
-def trajectory_of(pack: ModuleType, model: Any, latent: Tensor) -> Any:
-    """Any way from a noise to a latent, along a model's schedule."""
-    host, sigmas = pack.nodes.host, schedule(model).tolist()
-    clean = model.model.process_latent_in(latent)
-    sampling = model.get_model_object("model_sampling")
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    levels = [torch.tensor(sigma) for sigma in sigmas]
-    states = [sampling.noise_scaling(level, noise.clone(), clean) for level in levels]
-    made = (sigmas, torch.stack(states), noise, host.families.name(model))
-    return host.inversion.Trajectory(*made)
 
 
 # The same prompts
@@ -173,10 +129,6 @@ def test_a_trajectory_holds_the_source(pack: ModuleType, tiny_model: TinyModel, 
         assert len(rows) == (4 if name == "Flux" else 6)
 
 
-def noise_of(pack: ModuleType, way: Any) -> Any:
-    return pack.nodes.host.inversion.InvertedNoise(way.noise)
-
-
 @some
 def test_a_second_run_is_the_same(pack: ModuleType, tiny_model: TinyModel, name: str) -> None:
     family = FAMILIES[name]
@@ -201,64 +153,6 @@ def test_a_batch_is_single_runs(pack: ModuleType, tiny_model: TinyModel, name: s
         guider = guider_of(controlled, family, trajectory=alone)
         single = sampled(guider, latent[one], noise=noise_of(pack, alone))
         torch.testing.assert_close(both[one], single, rtol=1e-3, atol=2e-3 * float(single.std()))
-
-
-# Local blend
-
-
-def words_at(*places: int) -> tuple[Tensor, Tensor]:
-    column = torch.zeros(WORDS)
-    column[list(places)] = 1
-    return column, column
-
-
-# A tiny SDXL has 2x3 tokens at this size, all of which are beside the hottest.
-@pytest.mark.parametrize("name", ["SD1.5", "SD3", "Flux"])
-def test_outside_of_the_words_an_inverted_source_keeps_its_bits(
-    pack: ModuleType, tiny_model: TinyModel, name: str
-) -> None:
-    family = FAMILIES[name]
-    model, latent = tiny_model(family.model), family.latent(1)
-    way, changed = trajectory_of(pack, model, latent), []
-    for threshold in (0.0, 0.995, 1.0):
-        control = Control(pack, family, 0.0, 0.0, blend=words_at(4), threshold=threshold)
-        guider = guider_of(control.on(model), family, trajectory=way)
-        edited = sampled(guider, latent, noise=noise_of(pack, way))
-        same = (edited == latent).all(1)
-        changed.append(float((~same).float().mean()))
-        assert torch.equal(edited[:, :, same[0]], latent[:, :, same[0]])
-    assert changed[0] == 1
-    assert 0 < changed[1] < 1
-    assert changed[2] == 0
-
-
-@some
-def test_outside_of_the_words_the_source_arises(
-    pack: ModuleType, tiny_model: TinyModel, name: str
-) -> None:
-    family = FAMILIES[name]
-    model, latent = tiny_model(family.model), family.latent(1)
-    source = sampled(stock_guider(model, family, 1), latent)
-    control = Control(pack, family, 0.0, 0.0, blend=words_at(4), threshold=1.0)
-    found = sampled(guider_of(control.on(model), family), latent)
-    torch.testing.assert_close(found, source, rtol=1e-3, atol=2e-3 * float(source.std()))
-
-
-def test_the_area_is_where_both_prompts_look(pack: ModuleType, tiny_model: TinyModel) -> None:
-    """The maps of all blocks on the grid, mean over heads, summed up over the run."""
-    family = FAMILIES["SD3"]
-    model, latent = tiny_model("sd3"), family.latent(1)
-    blend = (words_at(4)[0], torch.zeros(WORDS))
-    control = Control(pack, family, 0.0, 0.0, blend=blend, threshold=0.8)
-    guider = guider_of(control.on(model), family)
-    sampled(guider, latent)
-    (grid,) = guider.blend.heat.sums
-    source, target = guider.blend.heat.sums[grid]
-    assert grid == (1, 4, 5)
-    assert not target.any()
-    assert float(source.sum()) > 0
-    expected = pack.kernels.prompt_to_prompt.word_area(source.view(1, *grid), (7, 9), 0.8)
-    assert torch.equal(guider.blend.area, expected)
 
 
 # Null-text
@@ -339,6 +233,11 @@ def test_what_has_no_effect_is_said(
         way = trajectory_of(pack, model, latent)
         sampled(guider_of(controlled, family, trajectory=way), latent)
         assert "starts far from the trajectory" in caplog.text
+        tuned = null_text_of(pack, model, family, latent)
+        guider_of(controlled, family, trajectory=tuned)
+        assert "were tuned for guidance" not in caplog.text
+        guider_of(controlled, family, trajectory=tuned, target_guidance=4.5)
+        assert "were tuned for guidance 2, the guider has 4.5" in caplog.text
         flow = Control(pack, FAMILIES["SD3"]).on(tiny_model("sd3"))
         stock_sampler = Edit(flow).parts()
         stock_sampler["sampler"] = euler()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from host import stock
+from host import foreign, stock
 from host.edits import patcher_state
-from host.inversions import Calls
+from host.inversions import Calls, Values, injecting
 from host.maps import Control, pair_guider
 from host.tapping import FAMILIES, WORDS, Family
 
@@ -50,12 +50,17 @@ def prompts_of(family: Family) -> tuple[stock.Conditioning, stock.Conditioning]:
 
 
 def asked(
-    pack: ModuleType, model: Any, family: Family, x: tuple[Tensor, Tensor], **guidance: Any
+    pack: ModuleType,
+    model: Any,
+    family: Family,
+    x: tuple[Tensor, Tensor],
+    prompts: tuple[stock.Conditioning, stock.Conditioning] | None = None,
+    **guidance: Any,
 ) -> Tensor:
     """The target's velocity where a sampler asks for it, the source held at a latent."""
     way = held_on(pack, model, x[1])
     given = dict(trajectory=way, **guidance)
-    target, source = prompts_of(family)
+    target, source = prompts or prompts_of(family)
     guider = pair_guider(model, source, target, **given)
 
     def look(guider: Any, extra_args: dict[str, Any]) -> Tensor:
@@ -154,7 +159,7 @@ def test_calls_split_by_memory_give_the_same(
     family = FAMILIES[name]
     calls, x = Calls(tiny_model(family.model)), (family.latent(1, 4), family.latent(1, 5))
     controlled = Control(pack, family, mapping=swap()).on(calls.model)
-    guidances = dict(negative=family.prompt(3), target_guidance=4.0)
+    guidances: dict[str, Any] = dict(negative=family.prompt(3), target_guidance=4.0)
     whole, count = asked(pack, controlled, family, x, **guidances), len(calls.sigmas)
     assert count == 1
     needed = controlled.model.memory_required([1, *x[0].shape[1:]]) * 1.5
@@ -225,6 +230,134 @@ def test_what_other_handlers_hide_stays_hidden(
     found = asked(pack, patched, family, x)
     expected = control.written_out(hiding(model), prompts_of(family), x, SIGMA)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# Prompts of several parts
+
+
+def beside(family: Family, *seeds: int) -> stock.Conditioning:
+    """Prompts for areas of the same size, one beside the other."""
+    area = dict(width=32, height=56, y=0, strength=1.0)
+    parts = []
+    for column, seed in enumerate(seeds):
+        prompt = stock.with_values(family.prompt(seed), guidance=1.0)
+        given = dict(conditioning=prompt, x=32 * column, **area)
+        parts += stock.call("ConditioningSetArea", **given)[0]
+    return parts
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SD3"])
+@pytest.mark.parametrize("room", [1e6, 0.5], ids=["two calls", "four calls"])
+def test_each_area_takes_from_its_own(
+    pack: ModuleType,
+    tiny_model: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    room: float,
+) -> None:
+    """Where prompt and latent are the source's, its attention is the target's own."""
+    family = FAMILIES[name]
+    calls, x = Calls(tiny_model(family.model)), family.latent(1, 4)
+    needed = calls.model.model.memory_required([1, *x.shape[1:]]) * 1.5
+    monkeypatch.setattr(type(calls.model), "get_free_memory", lambda *_: needed * room)
+    areas = slice(0, 4), slice(4, 8)
+    for same, other in (areas, areas[::-1]):
+        seeds = ((2, 3), (1, 3)) if other == areas[0] else ((3, 2), (3, 1))
+        target, source = (beside(family, *pair) for pair in seeds)
+        plain = asked(pack, calls.model, family, (x, x), (target, source))
+        calls.sigmas.clear()
+        model = Control(pack, family).on(calls.model)
+        found = asked(pack, model, family, (x, x), (target, source))
+        assert len(calls.sigmas) == (2 if room > 1 else 4)
+        torch.testing.assert_close(found[..., same], plain[..., same], rtol=1e-4, atol=1e-4)
+        assert (found - plain)[..., other].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("room", [1e6, 2.5], ids=["two calls", "more"])
+def test_all_parts_of_a_target_take_from_the_only_part_of_a_source(
+    pack: ModuleType, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, room: float
+) -> None:
+    family = FAMILIES["SD1.5"]
+    calls, x = Calls(tiny_model("sd15")), (family.latent(1, 4), family.latent(1, 5))
+    model, source = Control(pack, family, mapping=swap()).on(calls.model), family.prompt(1)
+    parts = [family.prompt(seed) for seed in (2, 3, 4, 5)]
+    single = [asked(pack, model, family, x, (part, source)) for part in parts]
+    calls.sigmas.clear()
+    needed = calls.model.model.memory_required([1, *x[0].shape[1:]]) * 1.5
+    monkeypatch.setattr(type(calls.model), "get_free_memory", lambda *_: needed * room)
+    found = asked(pack, model, family, x, ([part[0] for part in parts], source))
+    assert (len(calls.sigmas) > 2) == (room < 4)
+    torch.testing.assert_close(found, torch.stack(single).mean(0), rtol=1e-3, atol=1e-3)
+
+
+def test_parts_that_do_not_belong_together_are_refused(
+    pack: ModuleType, tiny_model: TinyModel
+) -> None:
+    family = FAMILIES["SD1.5"]
+    model, x = Control(pack, family).on(tiny_model("sd15")), (family.latent(1, 4),) * 2
+    with pytest.raises(ValueError, match=r"source has 2 parts and target 1, so .* same areas"):
+        asked(pack, model, family, x, (family.prompt(2), beside(family, 1, 3)))
+    with pytest.raises(ValueError, match=r"no attention to take: give the two .* same areas"):
+        asked(pack, model, family, x, (beside(family, 2), family.prompt(1)))
+
+
+@pytest.mark.parametrize(
+    ("case", "waits"),
+    [("one call", False), ("an area", True), ("other guidance", True)],
+)
+def test_the_sources_attention_is_kept_only_if_somebody_waits_for_it(
+    pack: ModuleType,
+    tiny_model: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    waits: bool,
+) -> None:
+    family, made, values = FAMILIES["SD1.5"], [], pack.nodes.host.values
+    real = values.SharedValues
+
+    def make(*given: Any) -> Any:
+        made.append(real(*given))
+        return made[-1]
+
+    monkeypatch.setattr(values, "SharedValues", make)
+    model, x = tiny_model("sd15"), (family.latent(1, 4), family.latent(1, 5))
+    prompts = prompts_of(family)
+    if case == "an area":
+        prompts = beside(family, 2), beside(family, 1)
+    if case == "other guidance":
+        model = foreign.after_cfg(model)
+    asked(pack, Control(pack, family).on(model), family, x, prompts)
+    (kept,) = (store.kept for store in made)
+    assert len(kept) == (len(family.seen) if waits else 0)
+
+
+# With the values of the source
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_values_of_a_unets_source_can_be_injected(
+    pack: ModuleType, tiny_model: TinyModel, name: str
+) -> None:
+    """By Inject Values without a trajectory; its self-attentions see the source's values."""
+    family = FAMILIES[name]
+    model, x = tiny_model(family.model), (family.latent(1, 4), family.latent(1, 5))
+    # A tiny SDXL has coarser grids than its latent.
+    mask = torch.linspace(0, 1, 63).view(1, 7, 9) if name == "SD1.5" else None
+    weight = torch.ones(()) if mask is None else 1 - mask.view(1, 1, -1, 1)
+    target, source = prompts_of(family)
+    theirs = Values(model).read(source, x[1], SIGMA)
+
+    def blend(number: int, values: Tensor) -> Tensor:
+        if not family.seen[number].endswith("self"):
+            return values
+        return values + weight * (theirs[number] - values)
+
+    changed = Values(model).changed(blend)
+    expected = stock.velocity(changed, target, None, 1.0, x[0], SIGMA)
+    found = asked(pack, injecting(model, mask=mask), family, x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    plain = stock.velocity(model, target, None, 1.0, x[0], SIGMA)
+    assert (found - plain).abs().max() > 1e-3
 
 
 # What is controlled
