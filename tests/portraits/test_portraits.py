@@ -23,6 +23,7 @@ from portraits.training import Trainer
 MILLISECONDS_A_PORTRAIT = 30
 CODEC_PSNR, SD15_CODEC_PSNR = 28.0, 27.0
 CODEC_BYTES, SD3_BYTES, FLUX_BYTES, SD15_BYTES = 5e6, 10e6, 12e6, 10e6
+IDENTITY_BYTES = 3e5
 
 
 @pytest.fixture(autouse=True)
@@ -263,11 +264,13 @@ def test_projection_is_that_of_its_blocks() -> None:
         (weights.sd15_codec_file, CODEC_BYTES),
         (weights.network_files["sd3"], SD3_BYTES),
         (weights.network_files["flux"], FLUX_BYTES),
+        (weights.network_files["sd15"], SD15_BYTES),
+        *((file, IDENTITY_BYTES) for file in weights.identity_files),
     ],
-    ids=["codec", "sd15 codec", "sd3", "flux"],
+    ids=["codec", "sd15 codec", "sd3", "flux", "sd15", "ann", "bea"],
 )
 def test_weights_are_small_enough_to_ship(file: Path, limit: float) -> None:
-    assert 1e6 < file.stat().st_size <= limit
+    assert 1e5 < file.stat().st_size <= limit
 
 
 # Sets and training
