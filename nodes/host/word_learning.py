@@ -19,13 +19,17 @@ Conditioning = list[Any]
 def trainable(clip: CLIP) -> CLIP:
     """A copy of a text encoder through which gradients reach learned words.
 
-    Its layers are computed twice: kept between a prompt's steps, each would hold its weights in
-    fp32, in which ComfyUI's text encoders compute. T5-XXL's take 19 GB.
+    ComfyUI's text encoders compute in fp32. Between a prompt's steps, a layer of another type would
+    keep its weights a second time (19 GB of T5-XXL), so it is computed a second time instead.
     """
     copy = clip.clone()
     copy.patcher = training.own_copy(clip.patcher, "clip")
     copy.cond_stage_model = copy.patcher.model
-    layers = checkpointing.layers_of(copy.cond_stage_model)
+    layers = [
+        layer
+        for layer in checkpointing.layers_of(copy.cond_stage_model)
+        if any(parameter.dtype != torch.float32 for parameter in layer.parameters())
+    ]
     # For good: clones come and go with it, and would take an injection of the patcher along.
     checkpointing.checkpointed(layers).inject(copy.patcher)
     return copy
