@@ -15,21 +15,24 @@ from . import checkpointing, encoders, phrases, training, words
 
 Conditioning = list[Any]
 
+most_kept = 2**30
+"""Bytes of weights that a prompt may keep a second time: more than CLIP-L, less than CLIP-G."""
+
 
 def trainable(clip: CLIP) -> CLIP:
     """A copy of a text encoder through which gradients reach learned words.
 
-    ComfyUI's text encoders compute in fp32. Between a prompt's steps, a layer of another type would
-    keep its weights a second time (19 GB of T5-XXL), so it is computed a second time instead.
+    ComfyUI's text encoders compute in fp32. Between a prompt's steps, layers of another type would
+    keep their weights a second time (T5-XXL 19 GB), so where that is much they are computed a
+    second time instead.
     """
     copy = clip.clone()
     copy.patcher = training.own_copy(clip.patcher, "clip")
     copy.cond_stage_model = copy.patcher.model
-    layers = [
-        layer
-        for layer in checkpointing.layers_of(copy.cond_stage_model)
-        if any(parameter.dtype != torch.float32 for parameter in layer.parameters())
-    ]
+    layers = list(checkpointing.layers_of(copy.cond_stage_model))
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    if 4 * sum(w.numel() for w in weights if w.dtype != torch.float32) <= most_kept:
+        return copy
     # For good: clones come and go with it, and would take an injection of the patcher along.
     checkpointing.checkpointed(layers).inject(copy.patcher)
     return copy
