@@ -207,7 +207,7 @@ def test_workflow_with_one_prompt_is_filled_in() -> None:
 def test_workflow_without_a_place_is_refused() -> None:
     with pytest.raises(CaseError, match="titled 'Source prompt' or 'Target prompt'"):
         fill_in(graph_of(), drawn_case(0), "new.png")
-    with pytest.raises(CaseError, match="one node LoadImage, it has 0"):
+    with pytest.raises(CaseError, match="one node LoadImage for the picture, it has 0"):
         fill_in({}, drawn_case(0), "new.png")
 
 

@@ -26,6 +26,8 @@ class Process:
     """(latents, noise, levels) to noised latents."""
     goal: Callable[[Tensor, Tensor], Tensor]
     """(latents, noise) to what is predicted."""
+    weight: Callable[[Tensor], Tensor]
+    """Levels (B,) to the weights of their errors (B,)."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ _flow = Process(
     levels=lambda count: torch.sigmoid(torch.randn(count) + 0.5),
     noised=_flow_noised,
     goal=lambda x, noise: noise - x,
+    weight=torch.ones_like,
 )
 
 
@@ -75,10 +78,18 @@ def _diffusion_noised(x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     return share.sqrt() * x + (1 - share).sqrt() * noise
 
 
+def _velocity_weights(timesteps: Tensor) -> Tensor:
+    """Those of v-prediction, up to a limit: in much noise, where colours and places are decided,
+    the picture hardly shows in the error of the noise.
+    """
+    return (1 / _signal_shares()[timesteps]).clamp(max=50)
+
+
 _diffusion = Process(
     levels=lambda count: torch.randint(0, 1000, (count,)),
     noised=_diffusion_noised,
     goal=lambda _x, noise: noise,
+    weight=_velocity_weights,
 )
 
 

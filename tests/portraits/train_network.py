@@ -82,7 +82,8 @@ def train(made: Format, steps: int, output: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16_is_fast()):
             noised = made.process.noised(x, noise, levels)
             found = made.predict(model, noised, levels, made.context(words))
-        trainer.descend(F.mse_loss(found.float(), made.process.goal(x, noise)))
+        errors = F.mse_loss(found.float(), made.process.goal(x, noise), reduction="none")
+        trainer.descend((errors.flatten(1).mean(1) * made.process.weight(levels)).mean())
     tensors = made.shipped({**model.state_dict(), **trainer.average})
     save_file({name: t.half().contiguous() for name, t in tensors.items()}, output)
     print(f"{output.stat().st_size} bytes")
