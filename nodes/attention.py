@@ -119,7 +119,7 @@ class InjectValues(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "From Invert, with recorded values. Without it, values come from the "
-                        "source prompt's branch of a Source/Target Guider."
+                        "source prompt's branch of a Source/Target or Prompt-to-Prompt Guider."
                     ),
                 ),
                 io.Mask.Input(

@@ -207,7 +207,7 @@ class SharedValues:
 def sharing_model(model: ModelPatcher, settings: InjectSettings) -> ModelPatcher:
     """A clone whose target branch sees the source branch's values, without any recording.
 
-    Needs a Source/Target Guider, which evaluates both at the same time.
+    Needs a guider that evaluates both at the same time: Source/Target or Prompt-to-Prompt Guider.
     """
 
     weights = _Weights(settings)
