@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 smallest_side = 32
 """Pixels; less leaves the model a handful of latent cells."""
-preview_steps, preview_guidance = 20, 4.0
+# Little guidance, as more would show the prompt rather than the person.
+preview_steps, preview_guidance = 20, 2.0
 
 
 @dataclass(frozen=True)
