@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from host.cases import REFERENCE_SEED, drawn_case, drawn_pictures, png
+from host.cases import REFERENCE_SEED, drawn_case, drawn_pictures, upload
 from host.comfyui import PACK
 from host.inprocess import Host
 from host.options import WORKFLOWS
@@ -38,8 +38,8 @@ def pictures(server: Server) -> Callable[[str], Pictures]:
 
     The pictures go by the last part of their prefix.
     """
-    for name, picture in drawn_pictures().items():
-        assert server.upload_image(name, png(picture)) == name
+    drawn = drawn_pictures()
+    assert upload(server, drawn) == list(drawn)
     return cache(lambda name: run(server, name, learn_little))
 
 

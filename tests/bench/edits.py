@@ -116,7 +116,28 @@ def flow_edit(
     mask: Tensor | None,
     guidance: tuple[float, float] = published_guidance,
 ) -> Tensor:
-    """One of the Edit Sampler's methods, decoded."""
+    """One of the Edit Sampler's methods on a batch of edits, decoded."""
+    return sample_edit(
+        lab, model, case.prompts, case.latent, case.seed, method, mask=mask, guidance=guidance
+    )
+
+
+def sample_edit(
+    lab: Lab,
+    model: Any,
+    prompts: dict[str, list],
+    latent: dict[str, Tensor],
+    seed: int,
+    method: str,
+    *,
+    mask: Tensor | None,
+    guidance: tuple[float, float],
+) -> Tensor:
+    """One of the Edit Sampler's methods on any LATENT, decoded.
+
+    Args:
+        prompts: "source", "target" and "negative".
+    """
     (sampler,) = lab.run(
         "PinpointEditSampler",
         method=method,
@@ -129,22 +150,14 @@ def flow_edit(
     (guider,) = lab.run(
         "PinpointSourceTargetGuider",
         model=model,
-        **case.prompts,
+        **prompts,
         source_guidance=guidance[0],
         target_guidance=guidance[1],
         guidance_mode="auto",
     )
     (sigmas,) = lab.run("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
-    (noise,) = lab.run("RandomNoise", noise_seed=case.seed)
-    edited, _ = lab.run(
-        "SamplerCustomAdvanced",
-        noise=noise,
-        guider=guider,
-        sampler=sampler,
-        sigmas=sigmas,
-        latent_image=case.latent,
-    )
-    return lab.decode(edited)
+    (noise,) = lab.run("RandomNoise", noise_seed=seed)
+    return lab.sampled(noise, guider, sampler, sigmas, latent)
 
 
 def sdedit(lab: Lab, model: Any, case: Case, strength: float) -> tuple[Tensor, None]:

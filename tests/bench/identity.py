@@ -27,7 +27,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from bench.lab import Lab, Row, report, shallow_clip
+from bench import edits
+from bench.lab import Lab, Row, mean_row, report, shallow_clip
 from bench.portrait_scores import Panel, identity_kept
 from portraits.dataset import Edit, edited_pixels, people, pictures, smallest_change
 from portraits.drawing import draw
@@ -35,7 +36,7 @@ from portraits.judging import drawn_values, outside, psnr
 from portraits.people import Portrait, attributes, caption
 
 name, class_word = "ann", "person"
-steps, n_max, guidance = 28, 24, 2.0
+guidance = 2.0
 edited_attributes = ("hair", "eyewear", "expression", "lips", "hat", "skin", "beard", "eyes")
 """In the order in which they are taken; five of them that can be seen."""
 edits_each = 5
@@ -220,28 +221,15 @@ def applied(lab: Lab, model: Any, clip: Any, identity: Any, mask: Tensor | None)
 
 def edited(lab: Lab, model: Any, clip: Any, sitter: Sitter, pairs: list[tuple[str, str]]) -> Tensor:
     """Edits of a person, each from a source to a target prompt, in one batch by FlowEdit."""
-    count = len(pairs)
-    (guider,) = lab.run(
-        "PinpointSourceTargetGuider",
-        model=model,
-        source=_encoded(lab, clip, [source for source, _ in pairs]),
-        target=_encoded(lab, clip, [target for _, target in pairs]),
-        negative=_encoded(lab, clip, [""]),
-        source_guidance=1.0,
-        target_guidance=guidance,
-        guidance_mode="auto",
+    encoded = {
+        "source": _encoded(lab, clip, [source for source, _ in pairs]),
+        "target": _encoded(lab, clip, [target for _, target in pairs]),
+        "negative": _encoded(lab, clip, [""]),
+    }
+    latent = {"samples": sitter.latent["samples"].repeat(len(pairs), 1, 1, 1)}
+    return edits.sample_edit(
+        lab, model, encoded, latent, sitter.number, "FlowEdit", mask=None, guidance=(1.0, guidance)
     )
-    (sampler,) = lab.run(
-        "PinpointEditSampler",
-        method="FlowEdit",
-        n_max=n_max,
-        n_min=0,
-        n_avg=1,
-        reanchor=False,
-        mask=None,
-    )
-    latent = {"samples": sitter.latent["samples"].repeat(count, 1, 1, 1)}
-    return _sampled(lab, model, guider, sampler, latent, sitter.number)
 
 
 def recreated(
@@ -258,23 +246,11 @@ def recreated(
     )
     (sampler,) = lab.run("KSamplerSelect", sampler_name="euler")
     latent = {"samples": torch.zeros(len(texts), *sitter.latent["samples"].shape[1:])}
-    return _sampled(lab, model, guider, sampler, latent, sitter.number)
-
-
-def _sampled(
-    lab: Lab, model: Any, guider: Any, sampler: Any, latent: dict[str, Tensor], seed: int
-) -> Tensor:
-    (sigmas,) = lab.run("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
-    (noise,) = lab.run("RandomNoise", noise_seed=seed)
-    made, _ = lab.run(
-        "SamplerCustomAdvanced",
-        noise=noise,
-        guider=guider,
-        sampler=sampler,
-        sigmas=sigmas,
-        latent_image=latent,
+    (sigmas,) = lab.run(
+        "BasicScheduler", model=model, scheduler="simple", steps=edits.steps, denoise=1.0
     )
-    return lab.decode(made)
+    (noise,) = lab.run("RandomNoise", noise_seed=sitter.number)
+    return lab.sampled(noise, guider, sampler, sigmas, latent)
 
 
 def _encoded(lab: Lab, clip: Any, texts: list[str]) -> list:
@@ -333,28 +309,22 @@ def run(lab: Lab, options: argparse.Namespace, chosen: dict[str, Recipe | None])
     """The mean of each row over all people; what the cache holds is not made again."""
     cache: Path | None = options.cache
     kept: dict[str, Row] = json.loads(cache.read_text()) if cache and cache.exists() else {}
+    found: dict[str, list[Row]] = {method: [] for method in chosen}
     for sitter in sitters(lab, options.split, options.seed, options.count):
         for method, recipe in chosen.items():
             key = f"{options.format} {options.split} {options.seed} {sitter.number} {method}"
             if key not in kept:
-                kept[key] = {"method": method, **measured(lab, sitter, recipe)}
-                print(key, {k: round(v, 3) for k, v in kept[key].items() if k != "method"})
+                kept[key] = measured(lab, sitter, recipe)
+                print(key, {k: round(v, 3) for k, v in kept[key].items()})
                 if cache:
                     cache.write_text(json.dumps(kept, indent=1))
-    return [_mean([row for row in kept.values() if row["method"] == m]) for m in chosen]
+            found[method].append(kept[key])
+    return [_summary(method, rows) for method, rows in found.items()]
 
 
-def _mean(rows: list[Row]) -> Row:
-    found: Row = {"method": rows[0]["method"]}
-    for figure in columns[1:]:
-        values = [row[figure] for row in rows if figure in row]
-        if values:
-            found[figure] = (max if figure == "peak_mb" else _average)(values)
-    return found
-
-
-def _average(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _summary(method: str, rows: list[Row]) -> Row:
+    peaks = [row["peak_mb"] for row in rows if "peak_mb" in row]
+    return mean_row(method, rows) | ({"peak_mb": max(peaks)} if peaks else {})
 
 
 def main() -> None:

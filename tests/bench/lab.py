@@ -90,6 +90,20 @@ class Lab:
         images = self.run("VAEDecode", samples=latent, vae=self.vae)[0]
         return images.movedim(-1, 1).clamp(0, 1)
 
+    def sampled(
+        self, noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent: dict[str, Tensor]
+    ) -> Tensor:
+        """What SamplerCustomAdvanced makes of a LATENT, decoded."""
+        made, _ = self.run(
+            "SamplerCustomAdvanced",
+            noise=noise,
+            guider=guider,
+            sampler=sampler,
+            sigmas=sigmas,
+            latent_image=latent,
+        )
+        return self.decode(made)
+
     def counting(self, model: Any) -> tuple[Any, Callable[[], int]]:
         """A clone of a model whose calls are counted, and the count so far."""
         from comfy.patcher_extension import WrappersMP
@@ -139,6 +153,15 @@ def arguments(description: str, count: int, *, formats: bool = False) -> argpars
     parser.add_argument("--seed", type=int, default=1, help="another seed means other portraits")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     return parser.parse_args()
+
+
+def mean_row(method: str, rows: Sequence[Row]) -> Row:
+    """The mean of each figure over the rows that have it."""
+    found: Row = {"method": method}
+    for figure in dict.fromkeys(key for row in rows for key in row if key != "method"):
+        values = [row[figure] for row in rows if figure in row]
+        found[figure] = sum(values) / len(values)
+    return found
 
 
 def table(rows: Iterable[Row], columns: Sequence[str]) -> str:

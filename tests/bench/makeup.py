@@ -17,12 +17,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from torch import Tensor
 
 from bench import identity
 from bench.identity import Recipe, Sitter
-from bench.lab import Lab, Row, arguments, report, shallow_clip
+from bench.lab import Lab, Row, arguments, mean_row, report, shallow_clip
 from bench.portrait_scores import Panel
 from portraits.dataset import Edit, people, pictures
 from portraits.judging import drawn_values
@@ -86,7 +85,7 @@ def worded(text: str, lips: str, *, knows: bool) -> str:
 
 def measured(lab: Lab, transfer: Transfer, *, knows: bool) -> Row:
     """Learn the look, and the person if asked; transfer; judge."""
-    sitter, model, clip, seconds = transfer.sitter, lab.model, lab.clip, 0.0
+    sitter, model, clip = transfer.sitter, lab.model, lab.clip
     started = time.perf_counter()
     if knows:
         model, clip, _ = identity.learned(lab, sitter, Recipe())
@@ -131,12 +130,7 @@ def main() -> None:
         for method, row in found.items():
             rows.setdefault(method, []).append(row)
             print(transfer.sitter.number, method, row, flush=True)
-    report([_mean(method, found) for method, found in rows.items()], columns, options.json)
-
-
-def _mean(method: str, rows: list[Row]) -> Row:
-    means = {name: float(torch.tensor([row[name] for row in rows]).mean()) for name in rows[0]}
-    return {"method": method, **means}
+    report([mean_row(method, found) for method, found in rows.items()], columns, options.json)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from torch import Tensor
 
-from bench.lab import Lab, Row, arguments, report
+from bench.lab import Lab, Row, arguments, mean_row, report
 from bench.portrait_scores import Panel
 from portraits.dataset import Edit, edited_pixels, edits, pictures
 from portraits.judging import outside, psnr
@@ -110,15 +109,7 @@ class Inverted:
 
     def _sampled(self, guider: Any) -> Tensor:
         (sampler,) = self.lab.run("KSamplerSelect", sampler_name="euler")
-        made, _ = self.lab.run(
-            "SamplerCustomAdvanced",
-            noise=self.noise,
-            guider=guider,
-            sampler=sampler,
-            sigmas=self.sigmas,
-            latent_image=self.latent,
-        )
-        return self.lab.decode(made)
+        return self.lab.sampled(self.noise, guider, sampler, self.sigmas, self.latent)
 
 
 Method = Callable[[Inverted], Tensor]
@@ -166,12 +157,7 @@ def main() -> None:
         for name, row in measured(lab, edit).items():
             rows.setdefault(name, []).append(row)
             print(edit.attribute, name, row, flush=True)
-    report([_mean(name, found) for name, found in rows.items()], columns, options.json)
-
-
-def _mean(name: str, rows: list[Row]) -> Row:
-    means = {key: float(torch.tensor([row[key] for row in rows]).mean()) for key in rows[0]}
-    return {"method": name, **means}
+    report([mean_row(name, found) for name, found in rows.items()], columns, options.json)
 
 
 if __name__ == "__main__":

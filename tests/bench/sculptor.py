@@ -143,15 +143,7 @@ def sampled(
         target_guidance=scale,
         guidance_mode="auto",
     )
-    edited, _ = lab.run(
-        "SamplerCustomAdvanced",
-        noise=noise,
-        guider=guider,
-        sampler=sampler,
-        sigmas=sigmas,
-        latent_image=case.latent,
-    )
-    return lab.decode(edited)
+    return lab.sampled(noise, guider, sampler, sigmas, case.latent)
 
 
 plain = Recipe()

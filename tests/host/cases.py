@@ -68,6 +68,11 @@ def _with_second_change(case: Case) -> Case:
     return replace(case, target_prompt=", ".join(target))
 
 
+def upload(server: Server, pictures: dict[str, Image.Image]) -> list[str]:
+    """Put pictures into a server's input folder; returns the names that it gave them."""
+    return [server.upload_image(name, png(picture)) for name, picture in pictures.items()]
+
+
 def fill_in(graph: Graph, case: Case, image_name: str, seed: int | None = None) -> list[str]:
     """Put the picture, the prompts and, if one is given, the seed into a workflow's nodes.
 

@@ -27,8 +27,8 @@ from host.cases import (
     drawn_case,
     drawn_pictures,
     fill_in,
-    png,
     saved_pictures,
+    upload,
 )
 from host.comfyui import ComfyUINotFound, cache_folder
 from host.prompts import Graph, PromptFailed, PromptInterrupted, PromptRejected
@@ -47,8 +47,7 @@ def edit(settings: argparse.Namespace) -> None:
     say("Starting ComfyUI")
     with fresh_base() as base, Server(base) as server:
         graph = server.convert(workflow)
-        for name, picture in {**drawn_pictures(), PORTRAIT: case.image}.items():
-            server.upload_image(name, png(picture))
+        upload(server, {**drawn_pictures(), PORTRAIT: case.image})
         prompts = fill_in(graph, case, PORTRAIT, settings.seed)
         say("\n".join(prompts))
         outputs = server.run(graph, progress_line(graph))

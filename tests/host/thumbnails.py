@@ -9,20 +9,19 @@ run again when a workflow, the demo portrait or the demo weights change.
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from host.cases import drawn_pictures, png, saved_pictures
+from host.cases import drawn_pictures, saved_pictures, upload
 from host.demo import fresh_base
 from host.options import WORKFLOWS
 from host.server import Server
+from host.workflows import NAMES, Workflow, load
 
 SIZE = 512  # the browser's cards are square
 TILE, GAP = 254, 4
@@ -43,15 +42,14 @@ Pictures = dict[str, Image.Image]
 
 def main(names: list[str]) -> None:
     """Write the thumbnails of the named workflows, of all of them if none is named."""
-    workflows = {file.stem: json.loads(file.read_text("utf-8")) for file in workflow_files(names)}
+    workflows = {name: load(name) for name in known(names)}
     shown = {name: NEEDS.get(name, (name, ""))[0] for name in workflows}
     results: dict[str, Pictures] = {}
     with fresh_base() as base, Server(base) as server:
-        for file_name, picture in drawn_pictures().items():
-            server.upload_image(file_name, png(picture))
+        upload(server, drawn_pictures())
         for name in sorted(set(shown.values())):
             print(f"running {name}", flush=True)
-            results[name] = run(server, json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8")))
+            results[name] = run(server, load(name))
     for name, workflow in workflows.items():
         needs = NEEDS.get(name, ("", ""))[1]
         file = WORKFLOWS / f"{name}.jpg"
@@ -61,23 +59,22 @@ def main(names: list[str]) -> None:
         print(file, flush=True)
 
 
-def workflow_files(names: list[str]) -> list[Path]:
-    """The files of the named workflows."""
-    files = sorted(WORKFLOWS.glob("*.json"))
-    unknown = set(names) - {file.stem for file in files}
+def known(names: list[str]) -> list[str]:
+    """The named workflows, or all of them."""
+    unknown = set(names) - set(NAMES)
     if unknown:
         raise SystemExit(f"there is no workflow called {', '.join(sorted(unknown))}")
-    return [file for file in files if not names or file.stem in names]
+    return [name for name in NAMES if not names or name in names]
 
 
-def run(server: Server, workflow: dict[str, Any]) -> Pictures:
+def run(server: Server, workflow: Workflow) -> Pictures:
     """What a workflow saves, by the last part of the prefix; the mask last, if there is one."""
     graph = server.convert(workflow)
     saved = saved_pictures(server, graph, server.run(graph))
     return dict(sorted(saved.items(), key=lambda item: item[0] == "mask"))
 
 
-def title(workflow: dict[str, Any]) -> str:
+def title(workflow: Workflow) -> str:
     """The title of a workflow's note."""
     (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     return note["title"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from .cases import saved_pictures
 from .options import WORKFLOWS
 from .prompts import Graph
 from .server import Server
@@ -43,12 +42,11 @@ def run(server: Server, name: str, change: Callable[[Graph], None] = lambda _: N
     """
     graph = server.convert(load(name))
     change(graph)
-    outputs = server.run(graph)
-    saved = {}
-    for node_id, node in graph.items():
-        if node["class_type"] == "SaveImage":
-            folder, _, picture = node["inputs"]["filename_prefix"].partition("/")
-            assert folder == "pinpoint"
-            content = server.view(**outputs[node_id]["images"][0])
-            saved[picture] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    return saved
+    saved = saved_pictures(server, graph, server.run(graph))
+    prefixes = [
+        node["inputs"]["filename_prefix"]
+        for node in graph.values()
+        if node["class_type"] == "SaveImage"
+    ]
+    assert sorted(prefixes) == sorted(f"pinpoint/{name}" for name in saved)
+    return {name: np.asarray(picture) for name, picture in saved.items()}
