@@ -32,9 +32,9 @@ def cosines(word: Tensor, attributes: Tensor, class_word: Tensor) -> Tensor:
     return F.cosine_similarity(word - common, attributes - common, dim=-1)
 
 
-def orthogonality_loss(word: Tensor, attributes: Tensor, class_word: Tensor) -> Tensor:
-    """Mean squared cosine between a learned word and attribute words; see `cosines`."""
-    return cosines(word, attributes, class_word).square().mean()
+def orthogonality_loss(found: Tensor) -> Tensor:
+    """Mean square of `cosines`: least where the word is orthogonal to every attribute."""
+    return found.square().mean()
 
 
 def prediction_error(

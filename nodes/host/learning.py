@@ -311,9 +311,8 @@ class Learner(comfy.samplers.Sampler):
             if text in apart:
                 cosines = losses.cosines(prompt.features, *apart[text])
                 found.append(float(cosines.detach().abs().mean()))
-                error = losses.orthogonality_loss(prompt.features, *apart[text])
                 # As the noise's error is the mean over the window.
-                loss = settings.orthogonality * error / len(apart)
+                loss = settings.orthogonality * losses.orthogonality_loss(cosines) / len(apart)
             prompt.backward(len(steps), loss)
         if found:
             self.lesson.cosines.append(sum(found) / len(found))

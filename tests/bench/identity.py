@@ -39,7 +39,7 @@ name, class_word = "ann", "person"
 guidance = 2.0
 edited_attributes = ("hair", "eyewear", "expression", "lips", "hat", "skin", "beard", "eyes")
 """In the order in which they are taken; five of them that can be seen."""
-edits_each = 5
+edits_each, backgrounds_each = 5, 2
 columns = [
     "method",
     "identity_kept",
@@ -50,6 +50,8 @@ columns = [
     "identity_recreated",
     "recreated_edited",
     "psnr_recreated",
+    "background_free",
+    "psnr_background",
     "cosine",
     "learning_seconds",
     "editing_seconds",
@@ -80,7 +82,8 @@ def recipes(total: int) -> dict[str, Recipe | None]:
             masked=False,
         ),
         "S2Edit": Recipe(),
-        "no orthogonality": Recipe({"orthogonality": 0.0}),
+        # At 0 the attribute words would not be read, and the cosine not be known.
+        "no orthogonality": Recipe({"orthogonality": 1e-9}),
         "no preservation": Recipe({"preservation": 0.0}),
         "no masked attention": Recipe({"confine_word": False}, masked=False),
     }
@@ -88,11 +91,12 @@ def recipes(total: int) -> dict[str, Recipe | None]:
 
 @dataclass(frozen=True)
 class Sitter:
-    """A person, five edits, and all of it as pictures and as a latent."""
+    """A person, five edits, two other backgrounds, and all of it as pictures and as a latent."""
 
     number: int
     person: Portrait
     edits: list[Edit]
+    backgrounds: list[Edit]
     source: Tensor
     target: Tensor
     mask: Tensor
@@ -111,7 +115,15 @@ def sitters(lab: Lab, split: str, seed: int, count: int) -> Iterator[Sitter]:
         _, background = drawn_values([person], "background")
         latent = lab.encode(source)
         yield Sitter(
-            number, person, chosen, source, target, 1 - background, latent, lab.decode(latent)
+            number,
+            person,
+            chosen,
+            _backgrounds(person, rng),
+            source,
+            target,
+            1 - background,
+            latent,
+            lab.decode(latent),
         )
 
 
@@ -122,6 +134,13 @@ def _edits(person: Portrait, rng: random.Random) -> Iterator[Edit]:
         seen = edited_pixels(draw([edit.source]), draw([edit.target])).sum() >= smallest_change
         if seen and edit.prompts[0] != edit.prompts[1]:
             yield edit
+
+
+def _backgrounds(person: Portrait, rng: random.Random) -> list[Edit]:
+    shown = person.attributes["background"]
+    others = [value for value in attributes["background"] if value != shown]
+    chosen = rng.sample(others, backgrounds_each)
+    return [Edit(person, person.having("background", v), "background") for v in chosen]
 
 
 def prompts(edit: Edit, knows: bool) -> tuple[str, str]:
@@ -232,11 +251,8 @@ def edited(lab: Lab, model: Any, clip: Any, sitter: Sitter, pairs: list[tuple[st
     )
 
 
-def recreated(
-    lab: Lab, model: Any, clip: Any, sitter: Sitter, pairs: list[tuple[str, str]]
-) -> Tensor:
-    """The person by source prompt, then all edits by target prompt, from noise."""
-    texts = [pairs[0][0], *(target for _, target in pairs)]
+def recreated(lab: Lab, model: Any, clip: Any, sitter: Sitter, texts: list[str]) -> Tensor:
+    """The person from noise, by each text."""
     (guider,) = lab.run(
         "CFGGuider",
         model=model,
@@ -277,13 +293,20 @@ def scores(panel: Panel, sitter: Sitter, images: Tensor) -> dict[str, Tensor]:
 
 
 def recreation_scores(panel: Panel, sitter: Sitter, images: Tensor) -> dict[str, Tensor]:
-    """Figures of a person's pictures from noise: the first is of the source caption."""
+    """Figures of a person's pictures from noise: by the source caption, edits, backgrounds."""
     same = Edit(sitter.person, sitter.person, "hair")
-    asked, _ = panel.verdicts(images[1:])
+    by_edits, by_backgrounds = images[1:-backgrounds_each], images[-backgrounds_each:]
+    asked, _ = panel.verdicts(by_edits)
+    background_free, _ = Panel(sitter.backgrounds).verdicts(by_backgrounds)
+    drawn = pictures([edit.target for edit in sitter.backgrounds]).float() / 255
+    behind = (1 - sitter.mask).expand(backgrounds_each, -1, -1)
     return {
-        "identity_recreated": 100 * identity_kept([same, *sitter.edits], images),
+        "identity_recreated": 100
+        * identity_kept([same, *sitter.edits], images[:-backgrounds_each]),
         "recreated_edited": 100 * asked,
         "psnr_recreated": psnr(images[:1], sitter.source),
+        "background_free": 100 * background_free,
+        "psnr_background": psnr(by_backgrounds, drawn, behind),
     }
 
 
@@ -294,13 +317,15 @@ def measured(lab: Lab, sitter: Sitter, recipe: Recipe | None) -> Row:
     if recipe is not None:
         model, clip, row = learned(lab, sitter, recipe)
     panel = Panel(sitter.edits)
-    pairs = [prompts(edit, recipe is not None) for edit in sitter.edits]
+    knows = recipe is not None
+    pairs = [prompts(edit, knows) for edit in sitter.edits]
+    texts = [pairs[0][0], *(prompts(e, knows)[1] for e in (*sitter.edits, *sitter.backgrounds))]
     started = time.perf_counter()
     images = edited(lab, model, clip, sitter, pairs)
     row["editing_seconds"] = (time.perf_counter() - started) / len(images)
     figures = {
         **scores(panel, sitter, images),
-        **recreation_scores(panel, sitter, recreated(lab, model, clip, sitter, pairs)),
+        **recreation_scores(panel, sitter, recreated(lab, model, clip, sitter, texts)),
     }
     return row | {figure: float(values.mean()) for figure, values in figures.items()}
 
@@ -351,8 +376,10 @@ notes = (
     "minus the mean error of the identity's 14 parameters as fitted to the picture, in percent of "
     "their ranges; attribute_edited and attributes_kept as in the sculptor bench; PSNR in dB, "
     "outside beyond 8 px of the true mask, against the source as the codec decodes it, whole "
-    "against the true edit. recreated: from noise, by the source caption (psnr_recreated) and by "
-    "the target captions. cosine: mean |cos| of the learned word to the attribute words. "
+    "against the true edit. recreated: from noise, by the source caption (psnr_recreated), by the "
+    "target captions, and before two backgrounds that the picture does not have: background_free "
+    "where the asked one is shown, psnr_background to it where no person is. cosine: mean |cos| of the "
+    "learned word to the attribute words. "
     "peak_mb: how much the process grew at most while learning. The text encoder has two of its "
     "layers, which changes nothing but the time."
 )
