@@ -1,14 +1,18 @@
 """The nodes of the pack, in the order in which the menu lists them."""
 
 from . import (
+    adapter_training,
+    adapters,
     attention,
     composite,
     identity,
     inversion,
+    ip_adapters,
     learning,
     localization,
     null_text,
     prompt_to_prompt,
+    subjects,
     velocity,
 )
 
@@ -23,6 +27,10 @@ all_nodes = [
         attention,
         learning,
         identity,
+        subjects,
+        adapters,
+        ip_adapters,
+        adapter_training,
         prompt_to_prompt,
     )
     for node in module.nodes

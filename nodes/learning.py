@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from .host import arguments, lessons, phrases, progress, widgets
+from .host import arguments, curves, lessons, phrases, progress, widgets
 from .host.identity import require_name
 from .host.learning_settings import LearningSettings
 
@@ -136,7 +136,7 @@ class LearnIdentity(io.ComfyNode):
             material.first(), model, clip, vae, identity, pictures[0], settings
         )
         report += why_not
-        curve = lessons.curve(lesson, settings)
+        curve = curves.drawn(lesson.losses, settings.token_steps)
         progress.show(report)
         return io.NodeOutput(identity, shown, curve, report, ui=ui.PreviewText(report))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels import attention as attending
 from ...kernels import masks
-from . import layouts, tap
+from . import layouts, regions, tap
 from .tap import Attention, Proceed
 from .words import words_key
 
@@ -144,7 +144,7 @@ class _Prompt:
 
     rows: dict[str, list[int]]
     length: int
-    area: tuple[int, ...] | None
+    area: regions.Area | None
 
 
 @dataclass
@@ -217,7 +217,7 @@ class _Confiner:
             if bias is None:
                 shape = attention.q.shape[2], attention.k.shape[2]
                 bias = attention.q.new_zeros(len(attention.q), *shape)
-            mask = _cropped(self.mask, prompt.area, prompts.size)
+            mask = regions.cropped(self.mask, prompt.area, prompts.size)
             own = Confinement(tuple(prompt.rows[self.name]), prompt.length, mask)
             rows = slice(number * call.rows, (number + 1) * call.rows)
             bias[rows] = own.bias(attention, self.padding)
@@ -226,26 +226,13 @@ class _Confiner:
 
 def _found(guider: Any) -> Iterator[tuple[tuple[Any, bool], _Prompt]]:
     """The prompts of a guider as they are in a run, a Source/Target Guider's source too."""
-    for conds in (guider.conds, getattr(guider, "source_conds", {})):
-        for key, entries in conds.items():
-            # To give the opposite prompt the same area, ComfyUI copies an entry with its uuid and
-            # all, and puts the opposite's text into the copy, which comes last.
-            texts: dict[int, tuple[dict[str, list[int]], int]] = {}
-            for entry in entries:
-                text = entry["model_conds"].get("c_crossattn")
-                if text is None:
-                    continue
-                own = entry.get(words_key, {}), entry["cross_attn"].shape[1]
-                area = entry.get("area")
-                prompt = _Prompt(*texts.setdefault(id(text), own), area and tuple(area))
-                yield (entry["uuid"], key == "positive"), prompt
-
-
-def _cropped(mask: Tensor, area: tuple[int, ...] | None, size: tuple[int, int]) -> Tensor:
-    """The part of a mask over a prompt's area, ([frames,] rows, columns, [first,] top, left)."""
-    if area is None:
-        return mask
-    half = len(area) // 2
-    (height, width), (top, left) = area[half - 2 : half], area[-2:]
-    whole = masks.resized(mask, *size)
-    return whole[:, top : top + height, left : left + width]
+    # To give the opposite prompt the same area, ComfyUI copies an entry with its uuid and all, and
+    # puts the opposite's text into the copy, which comes last.
+    texts: dict[tuple[int, bool], tuple[dict[str, list[int]], int]] = {}
+    for key, entry in regions.entries(guider):
+        text = entry["model_conds"].get("c_crossattn")
+        if text is None:
+            continue
+        own = entry.get(words_key, {}), entry["cross_attn"].shape[1]
+        known = texts.setdefault((id(text), key[1]), own)
+        yield key, _Prompt(*known, regions.area_of(entry))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_sampling
 from comfy.model_patcher import ModelPatcher
 
@@ -55,3 +57,20 @@ def require_noise_prediction(model: ModelPatcher) -> None:
 def has_embedded_guidance(model: ModelPatcher) -> bool:
     """Whether guidance is distilled into the model and given to it as a number (Flux.1-dev)."""
     return bool(model.model.model_config.unet_config.get("guidance_embed", False))
+
+
+def progress(sampling: Any, sigma: float) -> float:
+    """How far a noise level lies from the first (0) to the picture (1), as start and end count it.
+
+    Args:
+        sampling: a model's `model_sampling`.
+    """
+    low, high = 0.0, 1.0
+    # As fine as float32 tells noise levels apart.
+    for _ in range(24):
+        middle = (low + high) / 2
+        if float(sampling.percent_to_sigma(middle)) > sigma:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

@@ -63,12 +63,12 @@ def save(
             not, or a file that cannot be written.
     """
     file_name = file_name.strip().removesuffix(suffix) or identity.name
-    paths = [_path(folder, file_name)]
+    paths = [place_of(folder, file_name)]
     contents = [_content(identity)]
     if embedding:
         if not identity.vectors:
             raise ValueError("embedding is on, but the identity has no learned word: turn it off")
-        paths.append(_path("embeddings", file_name))
+        paths.append(place_of("embeddings", file_name))
         named = {_embedding_keys.get(key, key): v for key, v in identity.vectors.items()}
         contents.append((named, {}))
     if lora:
@@ -76,7 +76,7 @@ def save(
             raise ValueError(
                 "lora is on, but the identity changes no weights of the model: turn it off"
             )
-        paths.append(_path("loras", file_name))
+        paths.append(place_of("loras", file_name))
         contents.append((identity.lora, {}))
     for path in paths:
         if path.exists() and not overwrite:
@@ -116,7 +116,7 @@ def save_partial(identity: Identity) -> Path:
     Raises:
         ValueError: it cannot be written.
     """
-    path = _path(folder, f"{identity.name}.partial")
+    path = place_of(folder, f"{identity.name}.partial")
     write(path, *_content(identity))
     return path
 
@@ -134,8 +134,8 @@ def _content(identity: Identity) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {**vectors, **identity.lora}, metadata
 
 
-def _path(kind: str, file_name: str) -> Path:
-    """A file in the first of ComfyUI's folders of a kind.
+def place_of(kind: str, file_name: str) -> Path:
+    """A file to be written in the first of ComfyUI's folders of a kind.
 
     Raises:
         ValueError: a name that leads out of it.

@@ -15,7 +15,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
 from comfy.model_patcher import ModelPatcher
-from torch import nn
+from torch import Tensor, nn
 
 from . import families
 
@@ -261,6 +261,22 @@ def layout_of(model: ModelPatcher) -> Layout:
 def blocks_of(model: ModelPatcher) -> list[Block]:
     """The transformer blocks of a model in the order in which they run."""
     return layout_of(model).blocks(model.model.diffusion_model)
+
+
+def attention_widths(model: ModelPatcher) -> dict[Block, int]:
+    """Width of all heads together where each block's picture attends to the text."""
+    layout, network = layout_of(model), model.model.diffusion_model
+    if layout.width is None:
+        return {b: module.attn2.to_q.out_features for b, module in _unet_transformers(network)}
+    return dict.fromkeys(layout.blocks(network), layout.width(network))
+
+
+def text_keys(model: ModelPatcher) -> dict[Block, Tensor]:
+    """The weights by which each block of a UNet makes keys of texts; none of transformers."""
+    layout, network = layout_of(model), model.model.diffusion_model
+    if layout.width is not None:
+        return {}
+    return {b: module.attn2.to_k.weight for b, module in _unet_transformers(network)}
 
 
 def value_sizes(model: ModelPatcher, latent: tuple[int, ...], text: int) -> dict[Block, ValueSize]:

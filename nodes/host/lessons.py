@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 import comfy.model_management
 import comfy.sample
 import node_helpers
-import numpy as np
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...kernels import masks
@@ -312,36 +310,3 @@ def preview(
     )  # fmt: skip
     image = vae.decode(samples)
     return image.reshape(-1, *image.shape[-3:])
-
-
-def curve(lesson: Lesson, settings: LearningSettings, size: tuple[int, int] = (600, 300)) -> Tensor:
-    """The losses as a picture, (1, H, W, 3): each step, their running mean, and the phases."""
-    width, height = size
-    picture = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(picture)
-    values = np.array(lesson.losses)
-    top, margin = float(np.quantile(values, 0.99)) * 1.1 or 1.0, 24
-    count = max(1, len(values) - 1)
-
-    def points(series: np.ndarray, offset: int = 0) -> list[tuple[float, float]]:
-        return [
-            (
-                margin + (i + offset) / count * (width - 2 * margin),
-                height - margin - min(1.0, v / top) * (height - 2 * margin),
-            )
-            for i, v in enumerate(series)
-        ]
-
-    draw.rectangle([margin, margin, width - margin, height - margin], outline="#cccccc")
-    if 0 < settings.token_steps < len(values):
-        x = margin + settings.token_steps / count * (width - 2 * margin)
-        draw.line([x, margin, x, height - margin], fill="#cccccc")
-        draw.text((margin + 4, 6), "word", fill="#555555")
-        draw.text((x + 4, 6), "word and model", fill="#555555")
-    draw.line(points(values), fill="#b8c7e0")
-    window = min(25, len(values))
-    mean = np.convolve(values, np.ones(window) / window, "valid")
-    draw.line(points(mean, window - 1), fill="#2050a0", width=2)
-    draw.text((margin + 4, margin + 4), f"{top:.3f}", fill="#555555")
-    draw.text((margin + 4, height - margin - 14), "0", fill="#555555")
-    return torch.from_numpy(np.asarray(picture).astype(np.float32) / 255)[None]

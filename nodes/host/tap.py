@@ -39,18 +39,25 @@ class ModelCall:
         latent: shape of its latents, (B, C, [T,] H, W); B counts all branches.
         branches: one entry for each conditioning in the batch: (uuid, index), index 0 is the
             positive and 1 the negative prompt. Their rows lie one branch after the other.
-        text_length: tokens of the prompt as the model is given them, or None.
+        text: the prompt's tokens as the model is given them, (B, L, width), or None.
         sigma: noise level as the sampler counts it.
         window: the frames of a context window, or None.
+        sampling: the model's `model_sampling`.
         options: the model call's `transformer_options`.
     """
 
     latent: tuple[int, ...]
     branches: list[tuple[Any, int]]
-    text_length: int | None
+    text: Tensor | None
     sigma: float
     window: tuple[int, ...] | None
     options: dict[str, Any]
+    sampling: Any = None
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens of the prompt."""
+        return None if self.text is None else self.text.shape[1]
 
     @property
     def sources(self) -> frozenset[Any]:
@@ -129,7 +136,8 @@ class _Tap:
         transformer_options: dict[str, Any] = {},  # noqa: B006
         **kwargs: Any,
     ) -> Tensor:
-        call = _model_call(x, t, c_crossattn, transformer_options)
+        sampling = executor.class_obj.model_sampling  # type: ignore[attr-defined]
+        call = _model_call(x, t, c_crossattn, transformer_options, sampling)
         override = _Override(self, call, {"c_crossattn": c_crossattn, **kwargs})
         options = {**transformer_options, "optimized_attention_override": override}
         if not self.layout.indexed:
@@ -138,7 +146,9 @@ class _Tap:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
-def _model_call(x: Tensor, t: Tensor, text: Tensor | None, options: dict[str, Any]) -> ModelCall:
+def _model_call(
+    x: Tensor, t: Tensor, text: Tensor | None, options: dict[str, Any], sampling: Any
+) -> ModelCall:
     kinds = options.get("cond_or_uncond") or [0]
     uuids = options.get("uuids") or [None] * len(kinds)
     window = options.get("context_window")
@@ -146,10 +156,11 @@ def _model_call(x: Tensor, t: Tensor, text: Tensor | None, options: dict[str, An
     return ModelCall(
         latent=tuple(x.shape),
         branches=list(zip(uuids, kinds, strict=True)),
-        text_length=None if text is None else text.shape[1],
+        text=text,
         sigma=float((t if sigmas is None else sigmas).flatten()[0]),
         window=None if window is None else tuple(window.index_list),
         options=options,
+        sampling=sampling,
     )
 
 

@@ -10,6 +10,12 @@ Trajectory = io.Custom("PINPOINT_TRAJECTORY")
 """An inverted picture with every step of its way, and recorded values if there are any."""
 Identity = io.Custom("PINPOINT_IDENTITY")
 """A learned word, and a low-rank change of the model."""
+Adapter = io.Custom("PINPOINT_ADAPTER")
+"""Brings a subject into a model's attention."""
+Subject = io.Custom("PINPOINT_SUBJECT")
+"""A subject as image encoders see it."""
+Gate = io.Custom("PINPOINT_GATE")
+"""FlexIP's gamma over noise levels and blocks."""
 
 
 def method() -> io.Combo.Input:

@@ -66,7 +66,7 @@ class Lab:
         The demo's text encoder passes its embeddings through, so they are looked up; a stock
         encoding takes seconds a prompt. The first prompt is encoded both ways and compared.
         """
-        tokens = torch.tensor([self._tokens(text) for text in texts])
+        tokens = torch.tensor([self.tokens(text) for text in texts])
         context, pooled = FORMATS[self.format].context(tokens), 768
         if self.format == "sd3":
             context, pooled = F.pad(context, (0, 4096 - context.shape[-1])), 2048
@@ -77,7 +77,8 @@ class Lab:
         # Neither demo model reads the pooled prompt.
         return [[context, {"pooled_output": torch.zeros(len(texts), pooled)}]]
 
-    def _tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """A prompt's tokens."""
         (tokens,) = self.clip.tokenize(text)["l"]
         return [token for token, _ in tokens]
 

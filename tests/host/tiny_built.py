@@ -92,6 +92,30 @@ _SDXL = dict(
     adm_in_channels=tiny.pooled_width + 6 * 256,
 )
 
+# All transformers that SD1.5 and SDXL have, in their places, a tenth as wide. The first one's text
+# is as wide as in truth.
+_SD15_WHOLE = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=[2, 2, 2, 2],
+    channel_mult=[1, 2, 4, 4],
+    transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+    transformer_depth_middle=1,
+    transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    use_spatial_transformer=True,
+    use_linear_in_transformer=False,
+    context_dim=768,
+    adm_in_channels=None,
+)
+_SDXL_WHOLE = {
+    **_SDXL,
+    **dict(model_channels=32, num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4]),
+    **dict(transformer_depth=[0, 0, 2, 2, 10, 10], transformer_depth_middle=10),
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+}
+
 RECIPES = {
     "chroma": Recipe("Chroma", _CHROMA, 7),
     "qwen": Recipe("QwenImage", _QWEN, 8),
@@ -102,6 +126,8 @@ RECIPES = {
     "lumina2_bare": Recipe("Lumina2", {**_LUMINA, "n_refiner_layers": 0}, 9),
     "zimage_bare": Recipe("ZImage", {**_ZIMAGE, "n_refiner_layers": 0}, 10),
     "sdxl": Recipe("SDXL", _SDXL, 11),
+    "sd15_whole": Recipe("SD15", _SD15_WHOLE, 12),
+    "sdxl_whole": Recipe("SDXL", _SDXL_WHOLE, 13),
 }
 
 

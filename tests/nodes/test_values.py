@@ -430,7 +430,7 @@ def test_fp8_keeps_values_of_any_size(
 ) -> None:
     host = pack.nodes.host
     block, tokens = host.layouts.Block("double", 0), slice(0, 20)
-    call = host.tap.ModelCall((1, 16, 4, 5), [(None, 0)], 0, 0.5, None, {})
+    call = host.tap.ModelCall((1, 16, 4, 5), [(None, 0)], None, 0.5, None, {})
     place = host.layouts.Place(block, "self", tokens, None, (1, 4, 5))
     values = torch.linspace(-size, size, 20 * 8).view(1, 1, 20, 8).to(dtype)
     attention = host.tap.Attention(call, place, values, values, values, None, 1.0)

@@ -1,0 +1,217 @@
+"""FlexIP adapters as safetensors files in models/flexip.
+
+Tensors are those of `kernels.flexip.FlexIP`; the metadata holds the model family, the sizes, how
+the gate acts and how the adapter was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import comfy.ops
+import folder_paths
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ...kernels.flexip import FlexIP, FlexIPSizes, Mode
+from .adapters import (
+    Adapter,
+    FlexIPPersonalization,
+    FlexIPPreservation,
+    block_key,
+    patcher,
+)
+from .layouts import Block
+
+folder = "flexip"
+suffix, state_suffix = ".safetensors", ".state.safetensors"
+"""Of adapters, and of what their training goes on from."""
+_format, _version = "pinpoint_flexip", 1
+_largest_size, _deepest = 2**16, 64
+
+
+def register_folder() -> None:
+    """Make models/flexip known to ComfyUI."""
+    folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
+
+
+def names() -> list[str]:
+    """The adapters in models/flexip, with their folders."""
+    return [
+        name
+        for name in folder_paths.get_filename_list(folder)
+        if name.endswith(suffix) and not name.endswith(state_suffix)
+    ]
+
+
+def path_of(kind: str, file_name: str) -> Path:
+    """A file in one of ComfyUI's folders of a kind.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = folder_paths.get_full_path(kind, file_name)
+    if path is None:
+        raise ValueError(
+            f"file_name is {file_name}, which is not in models/{kind}: choose another, or put it "
+            "there"
+        )
+    return Path(path)
+
+
+def fingerprint(kind: str, file_name: str) -> str:
+    """Differs for another file by the same name."""
+    state = path_of(kind, file_name).stat()
+    return f"{state.st_mtime_ns} {state.st_size}"
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: it is damaged, no safetensors file, or holds values that are not finite.
+    """
+    try:
+        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"file {path.name} cannot be read ({error}): it is damaged or no safetensors file; "
+            "download or save it again"
+        ) from error
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(
+                f"file {path.name} is damaged: {key} holds values that are not finite numbers; "
+                "download or save it again"
+            )
+    return tensors, metadata
+
+
+def load(file_name: str) -> Adapter:
+    """Read an adapter.
+
+    Args:
+        file_name: one of `names`.
+
+    Raises:
+        ValueError: the file is not there, not whole, no adapter, or one of a newer Pinpoint.
+    """
+    return load_file(path_of(folder, file_name))
+
+
+def load_file(path: Path) -> Adapter:
+    """Read an adapter from anywhere; see `load`."""
+    tensors, metadata = read(path)
+    file_name = path.name
+    if metadata.get("format") != _format:
+        raise ValueError(
+            f"file {file_name} is no FlexIP adapter: load IP-Adapter files with IP-Adapter as "
+            "Branches, and others with their own nodes"
+        )
+    if metadata.get("format_version") != str(_version):
+        raise ValueError(
+            f"file {file_name} has format {metadata.get('format_version')}, this Pinpoint knows "
+            f"{_version}: update Pinpoint"
+        )
+    sizes, blocks = _sizes(metadata, file_name)
+    network = filled(lambda operations: FlexIP(sizes, operations), tensors, file_name)
+    mode: Mode = "linear" if metadata.get("mode") == "linear" else "literal"
+    return Adapter(
+        name=file_name.removesuffix(suffix),
+        family=metadata.get("family"),
+        patcher=patcher(network),
+        preservation=FlexIPPreservation(network),
+        personalization=FlexIPPersonalization(network),
+        blocks={block: sizes.blocks[block_key(block)] for block in blocks},
+        text_width=sizes.text_width,
+        mode=mode,
+        about=_about(metadata, sizes, mode),
+    )
+
+
+def filled(build: Any, tensors: Mapping[str, Tensor], file_name: str) -> Any:
+    """A network with a file's weights, of ComfyUI's layers, which cast them as they compute.
+
+    Args:
+        build: makes it of given layers.
+
+    Raises:
+        ValueError: tensors that are missing, too many, or of other sizes.
+    """
+    with torch.device("meta"):
+        expected = {key: t.shape for key, t in build(nn).state_dict().items()}
+    found = {key: t.shape for key, t in tensors.items()}
+    wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+    if wrong:
+        raise ValueError(
+            f"file {file_name} is not whole: {len(wrong)} of its tensors are missing, too many or "
+            f"of another size, the first is {wrong[0]}; download or save it again"
+        )
+    with torch.device("meta"):
+        network = build(comfy.ops.manual_cast)
+    network.load_state_dict(dict(tensors), assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def content(
+    network: FlexIP, blocks: list[Block], family: str, mode: Mode, recipe: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An adapter's tensors in fp16, and its metadata.
+
+    Args:
+        recipe: how it was trained.
+    """
+    tensors = {key: t.detach().to("cpu", torch.float16) for key, t in network.state_dict().items()}
+    sizes = {key: value for key, value in asdict(network.sizes).items() if key != "blocks"}
+    widths = network.sizes.blocks
+    listed = [[b.kind, b.index, b.part, widths[block_key(b)]] for b in blocks]
+    metadata = {
+        "format": _format,
+        "format_version": str(_version),
+        "family": family,
+        "mode": mode,
+        "sizes": json.dumps(sizes),
+        "blocks": json.dumps(listed),
+        "recipe": json.dumps(dict(recipe)),
+    }
+    return tensors, metadata
+
+
+def _sizes(metadata: dict[str, str], file_name: str) -> tuple[FlexIPSizes, list[Block]]:
+    names = [field.name for field in fields(FlexIPSizes) if field.name != "blocks"]
+    try:
+        given = json.loads(metadata["sizes"])
+        listed = json.loads(metadata["blocks"])
+        numbers = {name: _size(given[name], name) for name in names}
+        blocks = [Block(str(kind), int(index), int(part)) for kind, index, part, _ in listed]
+        widths = {block_key(b): _size(row[3], "") for b, row in zip(blocks, listed, strict=True)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"file {file_name} is damaged: its sizes cannot be read ({error}); download or save it "
+            "again"
+        ) from error
+    return FlexIPSizes(**numbers, blocks=widths), blocks
+
+
+def _size(value: Any, name: str) -> int:
+    largest = _deepest if name.endswith("depth") else _largest_size
+    if not isinstance(value, int) or not 0 < value <= largest:
+        raise ValueError(f"{name} is {value}")
+    return value
+
+
+def _about(metadata: dict[str, str], sizes: FlexIPSizes, mode: Mode) -> str:
+    lines = [
+        f"FlexIP adapter for {metadata.get('family')}, trained with the {mode} gate",
+        f"reads image encoders {sizes.low_width} (low) and {sizes.high_width} (high) wide, text "
+        f"{sizes.text_width} wide",
+        f"{sizes.detail_tokens} detail and {sizes.global_tokens} global tokens for each reference",
+    ]
+    return "\n".join(lines)

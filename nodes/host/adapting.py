@@ -1,0 +1,211 @@
+"""An adapter's attention added to a model's own.
+
+The picture's queries look at the adapter's tokens in an attention of its own, whose result is added
+to the block's (decoupled cross-attention, as in IP-Adapter and FlexIP). The tokens have no place in
+the picture: where a model turns queries by their place (Flux), theirs is the prompt's, zero.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+from torch import Tensor
+
+from ...kernels import masks
+from ...kernels.flexip import Gated, Mode, gated_attention
+from . import adapters, arguments, families, layouts, regions, tap
+from .adapters import Adapter
+from .gates import Gate, Schedule
+from .layouts import Block, Place
+from .subjects import Subject
+from .tap import Attention, ModelCall, Proceed
+
+log = logging.getLogger(__name__)
+
+models_key = "pinpoint_adapters"
+largest_kept = 2**28
+"""Bytes of keys and values that are kept over the steps of a run; beyond, they are made anew."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an adapter acts.
+
+    Attributes:
+        weight: of its attention; 0 = the model is untouched.
+        gate: gamma, 1 = preserve, 0 = adapt to the prompt.
+        mode: how gamma acts, see `gated_attention`.
+        start, end: of the sampling, 0 = noise, 1 = picture.
+        blocks: names of those in which it acts.
+        mask: (B or 1, H, W) where it acts, or everywhere.
+    """
+
+    weight: float
+    gate: Gate
+    mode: Mode
+    start: float = 0.0
+    end: float = 1.0
+    blocks: str = "all"
+    mask: Tensor | None = None
+
+
+def applied(
+    model: ModelPatcher, adapter: Adapter, subject: Subject, settings: Settings
+) -> ModelPatcher:
+    """A clone of a model whose attention also looks at a subject.
+
+    Raises:
+        ValueError: an adapter of another model, a subject of other encoders, or settings that
+            cannot be used.
+    """
+    adapters.require_fitting(model, adapter, subject)
+    if settings.start >= settings.end:
+        raise ValueError(
+            f"start is {settings.start:g} and end {settings.end:g}: choose a start below the end, "
+            "0 is noise and 1 the picture"
+        )
+    if settings.mask is not None:
+        arguments.require_finite_mask(settings.mask)
+        if not settings.mask.any():
+            log.warning(f"Pinpoint: the mask of {adapter.name} is empty, so it does nothing")
+    chosen = layouts.chosen_blocks(model, settings.blocks)
+    schedules = {
+        block: schedule
+        for block, schedule in settings.gate.of_blocks(model).items()
+        if block in chosen and block in adapter.blocks
+    }
+    if not schedules:
+        raise ValueError(
+            f"blocks is '{settings.blocks}', in which adapter {adapter.name} has no gate: choose "
+            f"from {layouts.ranges(list(adapter.blocks))}"
+        )
+    clone = model.clone()
+    if settings.weight == 0:
+        return clone
+    _load_with(clone, adapter)
+    injection = _Injection(adapter, subject, settings, schedules)
+    clone = tap.tapped(clone if settings.mask is None else regions.remembering(clone), injection)
+    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, models_key, injection.forget)
+    return clone
+
+
+def _load_with(model: ModelPatcher, adapter: Adapter) -> None:
+    """Let ComfyUI load the adapter's network whenever it loads the model."""
+    others = model.get_additional_models_with_key(models_key)
+    if all(other.model is not adapter.patcher.model for other in others):
+        # Of a clone, ComfyUI knows that the adapter lives on when the clone is forgotten.
+        model.set_additional_models(models_key, [*others, adapter.patcher.clone()])
+
+
+@dataclass
+class _Tokens:
+    """What an adapter made of one conditioning: tokens, and what blocks see of them."""
+
+    call: ModelCall
+    tokens: list[Tensor]
+    seen_by: dict[Block, list[Gated]] = field(default_factory=dict)
+
+
+@dataclass
+class _Injection:
+    """Handles attentions: adds what the picture sees of a subject."""
+
+    adapter: Adapter
+    subject: Subject
+    settings: Settings
+    schedules: Mapping[Block, Schedule]
+    _made: dict[Hashable, _Tokens] = field(default_factory=dict)
+    _kept: int = 0
+
+    def forget(self, _model: ModelPatcher) -> None:
+        """Free what was kept over the steps of a run."""
+        self._made.clear()
+        self._kept = 0
+
+    def __call__(self, attention: Attention, proceed: Proceed) -> Tensor:
+        """See `tap.Handler`."""
+        out = proceed(attention)
+        call, place = attention.call, attention.place
+        schedule = self.schedules.get(place.block)
+        if place.text is None or call.text is None or schedule is None:
+            return out
+        progress = families.progress(call.sampling, call.sigma)
+        # As coarse as `progress` is.
+        if not self.settings.start - 1e-4 <= progress <= self.settings.end + 1e-4:
+            return out
+        gamma = schedule.at(progress)
+        added = self._read(attention, (gamma, 1 - gamma)) * self._strength(call, place, out)
+        out = out.clone()
+        out[:, place.image] += added.to(out)
+        return out
+
+    def _strength(self, call: ModelCall, place: Place, out: Tensor) -> float | Tensor:
+        """The weight at each of the picture's tokens, (B, tokens, 1)."""
+        mask = self.settings.mask
+        if mask is None:
+            return self.settings.weight
+        if call.rows % len(mask):
+            raise ValueError(
+                f"mask has {len(mask)} images, the latent {call.rows}: use one mask, or one for "
+                "each"
+            )
+        frames, *size = place.grid
+        parts = []
+        for position in range(len(call.branches)):
+            part = regions.mask_of(mask.float(), call, position)
+            inside = masks.resized(part, *size).clamp(0, 1).to(out).flatten(1)
+            parts.append(inside.repeat(call.rows // len(mask), frames))
+        return self.settings.weight * torch.cat(parts)[..., None]
+
+    def _read(self, attention: Attention, gains: tuple[float, float]) -> Tensor:
+        """(B, picture's tokens, width): each conditioning's rows look at its own tokens."""
+        call, read = attention.call, []
+        q = attention.q[:, :, attention.place.image]
+        for position in range(len(call.branches)):
+            rows = slice(position * call.rows, (position + 1) * call.rows)
+            branches = self._seen(call, position, rows, attention.place.block, q)
+            read.append(gated_attention(q[rows], branches, gains, self.settings.mode))
+        return torch.cat(read)
+
+    def _seen(
+        self, call: ModelCall, position: int, rows: slice, block: Block, q: Tensor
+    ) -> list[Gated]:
+        made = self._tokens(call, position, rows, q)
+        if block not in made.seen_by:
+            found = [
+                branch.keys_values(block, tokens)
+                for branch, tokens in zip(self.adapter.branches, made.tokens, strict=True)
+            ]
+            size = sum(t.nbytes for gated in found for t in gated)
+            if self._kept + size > largest_kept:
+                return found
+            self._kept += size
+            made.seen_by[block] = found
+        return made.seen_by[block]
+
+    def _tokens(self, call: ModelCall, position: int, rows: slice, q: Tensor) -> _Tokens:
+        """Made once for each conditioning of a run."""
+        assert call.text is not None
+        text, (uuid, kind) = call.text[rows], call.branches[position]
+        key = (uuid, position if uuid is None else kind, tuple(text.shape), q.dtype, q.device)
+        made = self._made.get(key)
+        # Who calls the model without naming the conditionings may change them from call to call.
+        if made is None or (uuid is None and made.call is not call):
+            made = self._made[key] = _Tokens(call, self._make(text.to(q), seen=kind != 1))
+        return made
+
+    def _make(self, text: Tensor, seen: bool) -> list[Tensor]:
+        wanted = self.adapter.text_width
+        if wanted not in (None, text.shape[-1]):
+            raise ValueError(
+                f"adapter {self.adapter.name} reads prompts {wanted} wide, the model is given "
+                f"{text.shape[-1]}: load the text encoders that belong to the model"
+            )
+        if len(text) > 1 and bool((text == text[:1]).all()):
+            text = text[:1]
+        return [branch.tokens(self.subject, text, seen) for branch in self.adapter.branches]

@@ -1,0 +1,74 @@
+"""What a training goes on from, in a safetensors file: weights, their average, their moments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import adapter_files, identity_files
+from .flexip_settings import Progress
+
+_moments = ("exp_avg", "exp_avg_sq")
+
+
+def save(
+    path: Path,
+    network: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+) -> None:
+    """Write a training, in place of an earlier one.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    # Every tensor of these files is of floating point, see `adapter_files.read`.
+    tensors = {
+        "step": torch.tensor(float(progress.step), dtype=torch.float64),
+        "losses": torch.tensor(progress.losses, dtype=torch.float64),
+    }
+    averages = dict(average.named_parameters())
+    for name, parameter in network.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"average.{name}"] = averages[name].detach()
+        for key in _moments:
+            tensors[f"{key}.{name}"] = moments.get(key, torch.zeros_like(parameter))
+    identity_files.write(path, tensors, {})
+
+
+def restore(
+    path: Path, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Go back to what was saved; returns how far it had come.
+
+    Raises:
+        ValueError: the file is damaged, or of another adapter.
+    """
+    tensors, _ = adapter_files.read(path)
+    named, averages = dict(network.named_parameters()), dict(average.named_parameters())
+    expected = {f"model.{name}": parameter.shape for name, parameter in named.items()}
+    found = {name: t.shape for name, t in tensors.items() if name.startswith("model.")}
+    if expected != found:
+        raise ValueError(
+            f"file {path.name} holds the training of another adapter: choose another file_name, "
+            "the sizes and the model that it was started with, or turn resume off"
+        )
+    progress = Progress(int(tensors["step"]), tensors["losses"].tolist())
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[f"model.{name}"])
+            averages[name].copy_(tensors[f"average.{name}"])
+            optimizer.state[parameter] = _state_of(tensors, name, parameter, progress.step)
+    return progress
+
+
+def _state_of(
+    tensors: dict[str, Tensor], name: str, parameter: Tensor, step: int
+) -> dict[str, Any]:
+    moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in _moments}
+    return {"step": torch.tensor(float(step)), **moments}

@@ -1,0 +1,101 @@
+"""Trainings of FlexIP adapters for tests: pairs of random features, and folders of pictures."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import tiny
+
+from .tapping import Family
+
+LOW, HIGH = 24, 40
+"""Widths of random features."""
+SIZES = dict(
+    width=64, detail_tokens=3, global_tokens=2, detail_depth=1, global_depth=1, text_depth=1
+)
+
+
+@dataclass
+class RandomPairs:
+    """Pairs of a family's shapes, invariant ones and variant ones in turn; as the trainer's.
+
+    Attributes:
+        make: `flexip_settings.Pair`.
+        count: of different pairs.
+    """
+
+    make: Any
+    family: Family
+    count: int = 2
+
+    @property
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """The empty prompt; shorter than the others."""
+        return self._text(99, 5)
+
+    def drawn(self, chance: random.Random) -> Any:
+        """One of them."""
+        return self.pair(chance.randrange(self.count))
+
+    def pair(self, index: int) -> Any:
+        """One of them."""
+        generator = torch.Generator().manual_seed(index)
+        low, high = torch.randn(6, LOW, generator=generator), torch.randn(HIGH, generator=generator)
+        latent = self.family.latent(seed=index)[0]
+        return self.make(low, high, latent, *self._text(index, 12), index % 2 == 0)
+
+    def _text(self, seed: int, tokens: int) -> tuple[Tensor, Tensor]:
+        ((text, entries),) = self.family.prompt(seed, tokens=tokens)
+        return text[0], entries["pooled_output"][0]
+
+
+def encoder(kind: str, width: int = 64) -> Any:
+    """A tiny image encoder with random weights: "dinov2" or "clip_vision_model"."""
+    from comfy.clip_vision import ClipVisionModel
+
+    config = {
+        "hidden_size": width,
+        "image_size": 28,
+        "num_attention_heads": 1,
+        "num_channels": 3,
+        "num_hidden_layers": 2,
+        "patch_size": 14,
+        "model_type": kind,
+    }
+    if kind == "dinov2":
+        config |= {"layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
+    else:
+        config |= {"intermediate_size": 64, "projection_dim": 48, "hidden_act": "gelu"}
+    made = ClipVisionModel(config)
+    made.load_sd(tiny.drawn(made.model, seed=width))
+    return made
+
+
+def picture(seed: int, size: tuple[int, int] = (80, 64)) -> Image.Image:
+    """Coarse coloured noise."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def folder(root: Path, *, invariant: int = 2, subjects: int = 2) -> Path:
+    """Write pictures with captions; the first subject's first picture has a mask."""
+    names = [f"invariant/{i}" for i in range(invariant)]
+    names += [f"variant/{name}/{i}" for name in "ab"[:subjects] for i in range(2)]
+    for seed, name in enumerate(names):
+        path = root / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(seed).save(path)
+        path.with_suffix(".txt").write_text(f"portrait number {seed}", "utf-8")
+    if subjects:
+        mask = Image.new("L", (80, 64))
+        mask.paste(255, (20, 10, 60, 50))
+        mask.save(root / "variant" / "a" / "0.mask.png")
+    return root

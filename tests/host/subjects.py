@@ -1,0 +1,64 @@
+"""Random FlexIP adapters and subjects for the tiny models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tapping import Family
+
+LOW, HIGH, HIDDEN = 24, 20, 28
+"""Widths of what the image encoders give."""
+SIZES = dict(
+    width=32, head_width=16, detail_tokens=5, global_tokens=3, detail_depth=2, text_depth=1
+)
+
+
+def subject(pack: ModuleType, references: int = 1, seed: int = 0) -> Any:
+    """A Subject of noise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return pack.nodes.host.subjects.Subject(
+        low=drawn(references, 9, LOW),
+        high=drawn(references, HIGH),
+        hidden=drawn(references, 10, HIDDEN),
+        blank=drawn(1, 10, HIDDEN),
+    )
+
+
+def adapter(pack: ModuleType, model: Any, family: Family, **changes: Any) -> Any:
+    """An Adapter for a tiny model that changes much; `changes` are of its attributes."""
+    kernel, host = pack.kernels.flexip, pack.nodes.host
+    blocks = host.layouts.attention_widths(model)
+    widths = {host.adapters.block_key(block): width for block, width in blocks.items()}
+    sizes = kernel.FlexIPSizes(LOW, HIGH, family.text_width, blocks=widths, **SIZES)
+    torch.manual_seed(5)
+    network = kernel.FlexIP(sizes).requires_grad_(False)
+    for layer in network.to_v.values():
+        nn.init.normal_(layer.weight, std=0.3)
+    made = host.adapters.Adapter(
+        name="tiny",
+        family=host.families.name(model),
+        patcher=host.adapters.patcher(network),
+        preservation=host.adapters.FlexIPPreservation(network),
+        personalization=host.adapters.FlexIPPersonalization(network),
+        blocks=blocks,
+        text_width=family.text_width,
+        mode="literal",
+        about="",
+    )
+    return replace(made, **changes)
+
+
+def settings(pack: ModuleType, gamma: float = 0.6, **given: Any) -> Any:
+    """Settings of Apply FlexIP Adapter, a constant gamma among them."""
+    host = pack.nodes.host
+    given = {"weight": 1.0, "gate": host.gates.constant(gamma), "mode": "literal", **given}
+    return host.adapting.Settings(**given)
