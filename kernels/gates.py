@@ -19,6 +19,9 @@ def curve(shape: str, first: float, last: float, values: Sequence[float], progre
 
     Returns:
         In the range of what is given.
+
+    Raises:
+        ValueError: a list without values.
     """
     progress = min(1.0, max(0.0, progress))
     if shape == "list":
@@ -32,6 +35,8 @@ def curve(shape: str, first: float, last: float, values: Sequence[float], progre
 
 
 def _interpolated(values: Sequence[float], progress: float) -> float:
+    if not values:
+        raise ValueError("values is empty: give at least one")
     if len(values) == 1:
         return values[0]
     place = progress * (len(values) - 1)

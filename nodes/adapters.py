@@ -6,13 +6,18 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..kernels.flexip import Mode
 from ..kernels.gates import SHAPES
 from .host import adapter_files, adapting, arguments, gates, progress, widgets
 from .host.adapters import Adapter
 from .host.gates import Gate
 from .host.subjects import Subject
 
-modes = {"as trained": None, "literal": "literal", "linear": "linear"}
+modes: dict[str, Mode | None] = {
+    "as trained": None,
+    "literal": "literal",
+    "linear": "linear",
+}
 
 
 class LoadFlexIP(io.ComfyNode):

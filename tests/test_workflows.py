@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ RECONSTRUCTION = "inversion_reconstruction"
 """The workflow that edits nothing."""
 SEVERAL_EDITS = "identity_edits"
 TWO_PEOPLE = "two_people"
-EDITS = [name for name in DEMOS if name not in (RECONSTRUCTION, SEVERAL_EDITS, TWO_PEOPLE)]
+DIAL, TWO_SUBJECTS = "flexip_gamma", "flexip_two_subjects"
+OTHERS = (RECONSTRUCTION, SEVERAL_EDITS, TWO_PEOPLE, DIAL, TWO_SUBJECTS)
+EDITS = [name for name in DEMOS if name not in OTHERS]
 """Those that make one edit of the demo portrait."""
 TEXTS = ("CLIPTextEncode", "PrimitiveStringMultiline")
 TITLE_HEIGHT = 30
@@ -66,6 +68,7 @@ def test_there_are_the_promised_ones() -> None:
         *("flux_sculptor", "flux_sculptor_parts", "flux_sculptor_two_attributes", "rf_edit"),
         *("attention_mask_focusflow_sd3", RECONSTRUCTION, "prompt_to_prompt"),
         *("learn_identity", SEVERAL_EDITS, "makeup_transfer", TWO_PEOPLE),
+        *(DIAL, "flexip_edit", TWO_SUBJECTS),
         *REAL_WEIGHTS,
     } == set(NAMES)
 
@@ -161,7 +164,8 @@ def test_a_note_tells_what_to_do_and_where_the_model_goes(name: str) -> None:
 def test_prompts_are_those_of_the_demo_portrait(server: Server, name: str) -> None:
     case = drawn_case(0, name)
     prompts = {"Source prompt": case.source_prompt, "Target prompt": case.target_prompt}
-    others = {"Class prompt", "Reference prompt", "Right: before", "Right: after"}
+    others = {"Class prompt", "Reference prompt"}
+    others |= {"Right: before", "Right: after", "Right: prompt"}
     nodes = load(name)["nodes"]
     written = {n["title"]: n["widgets_values"][0] for n in nodes if n["type"] in TEXTS}
     for title, text in written.items():
@@ -268,6 +272,34 @@ def test_two_people_are_changed_each_in_their_half(
     assert hats[:, :side].max() > 60
     assert hats[:, side:].max() > 60
     assert (difference == 0).mean() > 0.5
+
+
+def test_the_dial_turns_from_prompt_to_subject(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    saved, side = pictures(DIAL), portrait.shape[1]
+    assert np.array_equal(saved["subject"], portrait)
+    row = saved["gamma_0_to_1"].astype(int)
+    assert row.shape == (side, 5 * side, 3)
+    at = [row[:, i * side : (i + 1) * side] for i in range(5)]
+    steps = [np.abs(b - a).mean() for a, b in pairwise(at)]
+    assert min(steps) > 0.5, "each turn of the dial shows"
+    # The prompt asks for other colours, so the subject's own come as the dial is turned.
+    distances = [np.abs(picture - portrait).mean() for picture in at]
+    assert distances[-1] < distances[0]
+
+
+def test_two_subjects_are_made_each_in_their_half(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    saved, side = pictures(TWO_SUBJECTS), portrait.shape[1]
+    assert np.array_equal(saved["left"], portrait)
+    both = saved["both"].astype(int)
+    assert both.shape == (side, 2 * side, 3)
+    assert np.abs(both[:, :side] - both[:, side:]).mean() > 20
+    # The prompts ask for a yellow and for an orange background.
+    left, right = both[:8, :8].mean((0, 1)), both[:8, -8:].mean((0, 1))
+    assert left[1] > right[1] + 20
 
 
 @pytest.mark.parametrize("name", ["focusflow", "flux_sculptor"])

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import comfy.ops
 import folder_paths
@@ -86,7 +86,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "download or save it again"
         ) from error
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise ValueError(
                 f"file {path.name} is damaged: {key} holds values that are not finite numbers; "
                 "download or save it again"
@@ -122,7 +122,7 @@ def load_file(path: Path) -> Adapter:
         )
     sizes, blocks = _sizes(metadata, file_name)
     network = filled(lambda operations: FlexIP(sizes, operations), tensors, file_name)
-    mode: Mode = "linear" if metadata.get("mode") == "linear" else "literal"
+    mode = _mode(metadata, file_name)
     return Adapter(
         name=file_name.removesuffix(suffix),
         family=metadata.get("family"),
@@ -188,16 +188,35 @@ def _sizes(metadata: dict[str, str], file_name: str) -> tuple[FlexIPSizes, list[
     names = [field.name for field in fields(FlexIPSizes) if field.name != "blocks"]
     try:
         given = json.loads(metadata["sizes"])
-        listed = json.loads(metadata["blocks"])
         numbers = {name: _size(given[name], name) for name in names}
-        blocks = [Block(str(kind), int(index), int(part)) for kind, index, part, _ in listed]
+        if numbers["width"] % numbers["head_width"]:
+            raise ValueError("width is no multiple of head_width")
+        listed = json.loads(metadata["blocks"])
+        blocks = [_block(*place) for *place, _ in listed]
         widths = {block_key(b): _size(row[3], "") for b, row in zip(blocks, listed, strict=True)}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"file {file_name} is damaged: its sizes cannot be read ({error}); download or save it "
             "again"
         ) from error
     return FlexIPSizes(**numbers, blocks=widths), blocks
+
+
+def _block(kind: str, index: int, part: int) -> Block:
+    if not kind.isalpha() or type(index) is not int or type(part) is not int:
+        raise ValueError(f"block {kind} {index} {part}")
+    return Block(kind, index, part)
+
+
+def _mode(metadata: dict[str, str], file_name: str) -> Mode:
+    found = metadata.get("mode")
+    for mode in get_args(Mode):
+        if found == mode:
+            return mode
+    raise ValueError(
+        f"file {file_name} is damaged: its gate is {found}, which is not one of "
+        f"{', '.join(get_args(Mode))}; download or save it again"
+    )
 
 
 def _size(value: Any, name: str) -> int:

@@ -12,7 +12,15 @@ import torch
 from comfy.sd import VAE
 from torch import Tensor
 
-from . import adapter_files, families, flexip_folders, flexip_samples, identity_files, layouts
+from . import (
+    adapter_files,
+    families,
+    flexip_folders,
+    flexip_samples,
+    identity_files,
+    layouts,
+    training,
+)
 from .flexip_pairs import Encoders, FolderPairs, Store
 from .flexip_settings import TrainingSettings
 from .flexip_training import Trainer, new_network
@@ -98,9 +106,13 @@ def train(
         accelerator: of `accelerate`, if there are several processes.
 
     Raises:
-        ValueError: pictures, settings or files that cannot be used, or a loss that is no number.
+        ValueError: models, pictures, settings or files that cannot be used, or a loss that is no
+            number.
     """
     started = time.perf_counter()
+    # Before hours go into pictures for it.
+    layouts.layout_of(encoders.model)
+    training.require_loadable(encoders.model, "model")
     pairs = _pairs(encoders, root, plan, cache or root / cache_folder, accelerator)
     state = state_of(path)
     if not resume and (accelerator is None or accelerator.is_main_process):

@@ -31,7 +31,7 @@ class Subject:
         low: (R, P, W), patch features of the low-level encoder, without its class token.
         high: (R, C), the high-level encoder's embedding of the whole picture.
         hidden: (R, T, H), the high-level encoder's penultimate hidden states, class token first.
-        blank: (1, T, H), the same of a black picture.
+        blank: (1, T, H), the same of a picture of the encoder's mean colour.
     """
 
     low: Tensor
@@ -147,8 +147,10 @@ def encoded(
     gathered = [torch.cat(tensors).float() for tensors in zip(*parts, strict=True)]
     if combine == "average":
         gathered = [tensor.mean(0, keepdim=True) for tensor in gathered]
-    black = torch.zeros(high.model.image_size, high.model.image_size, 3)
-    gathered.append(_whole(high, high.see(black))[1].float())
+    # To the encoder, its mean colour is zero: so IP-Adapter Plus was trained without a picture.
+    side = high.model.image_size
+    blank = torch.tensor(high.color).expand(side, side, 3)
+    gathered.append(_whole(high, high.see(blank))[1].float())
     return Subject(*map(_unbound, gathered)), torch.cat(pictures)
 
 

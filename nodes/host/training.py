@@ -212,6 +212,19 @@ def _loaded_whole(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     return executor(*args, **{**kwargs, "force_full_load": True})
 
 
+def require_loadable(patcher: ModelPatcher, name: str) -> None:
+    """Refuse what cannot be loaded a second time.
+
+    Raises:
+        ValueError: it comes from such a loader.
+    """
+    if patcher.cached_patcher_init is None:
+        raise ValueError(
+            f"{name} comes from a loader that cannot load it a second time, which learning needs: "
+            "use Load Checkpoint, Load Diffusion Model or Load CLIP"
+        )
+
+
 def own_copy(patcher: ModelPatcher, name: str) -> ModelPatcher:
     """A clone with weights of its own, loaded again from the file, through which gradients flow.
 
@@ -224,11 +237,7 @@ def own_copy(patcher: ModelPatcher, name: str) -> ModelPatcher:
     Raises:
         ValueError: it comes from a loader that cannot load it again.
     """
-    if patcher.cached_patcher_init is None:
-        raise ValueError(
-            f"{name} comes from a loader that cannot load it a second time, which learning needs: "
-            "use Load Checkpoint, Load Diffusion Model or Load CLIP"
-        )
+    require_loadable(patcher, name)
     load, inputs, *place = patcher.cached_patcher_init
     loaded = load(*inputs, disable_dynamic=True)
     if place:

@@ -74,8 +74,8 @@ class Studio:
             "single": files.load_file(single),
         }
         self.encoders = [
-            self.lab.run("PinpointLoadImageEncoder", file_name=f"pinpoint_{name}.safetensors")[0]
-            for name in ("dino", "clip")
+            self.lab.run("PinpointLoadImageEncoder", file_name=file.name, activation="auto")[0]
+            for file in (weights.low_encoder_file, weights.high_encoder_file)
         ]
 
     def subject(self, person: Portrait) -> Any:
@@ -189,7 +189,8 @@ def verdict(rows: list[Row]) -> str:
 
 
 def _rank_correlation(values: list[float]) -> float:
-    return statistics.correlation(list(range(len(values))), values, method="ranked")
+    ranks = [sorted(values).index(value) for value in values]
+    return statistics.correlation(range(len(ranks)), ranks)
 
 
 def _above(point: Row, curve: list[Row]) -> bool:
@@ -208,7 +209,8 @@ def overhead(studio: Studio) -> str:
     """What the adapter adds to a sampling run, measured in turn with runs without it."""
     person, *asked = group(people("held-out", 2, 1)[0], random.Random(0), 1 + prompts_each)
     subject = studio.subject(person)
-    texts, times = [caption(p) for p in asked], {"plain": [], "adapted": []}
+    texts = [caption(p) for p in asked]
+    times: dict[str, list[float]] = {"plain": [], "adapted": []}
     models = {
         "plain": studio.lab.model,
         "adapted": studio.model(methods["FlexIP, literal gate"], subject, 0.5),

@@ -378,10 +378,9 @@ notes = (
     "outside beyond 8 px of the true mask, against the source as the codec decodes it, whole "
     "against the true edit. recreated: from noise, by the source caption (psnr_recreated), by the "
     "target captions, and before two backgrounds that the picture does not have: background_free "
-    "where the asked one is shown, psnr_background to it where no person is. cosine: mean |cos| of the "
-    "learned word to the attribute words. "
-    "peak_mb: how much the process grew at most while learning. The text encoder has two of its "
-    "layers, which changes nothing but the time."
+    "where the asked one is shown, psnr_background to it where no person is. cosine: mean |cos| of "
+    "the learned word to the attribute words. peak_mb: how much the process grew at most while "
+    "learning. The text encoder has two of its layers, which changes nothing but the time."
 )
 
 

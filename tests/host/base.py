@@ -24,14 +24,13 @@ FOLDERS = (
 def make_base(folder: Path, *, checkpoint: bool = True, pack: Path = PACK) -> Path:
     """Prepare a base directory, or bring an existing one up to date, and return it.
 
-    The demo models are kept once per user, in the cache folder, and linked from every base; the
-    image encoders are copied as they are shipped. `checkpoint=False` leaves them all out.
+    The demo models are kept once per user, in the cache folder, and linked from every base;
+    `checkpoint=False` leaves them out.
     """
     for name in FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
     link_folder(pack, folder / "custom_nodes" / NAME)
     if checkpoint:
-        from portraits import weights
         from portraits.checkpoint import ensure
 
         kept = cache_folder() / "models"
@@ -39,11 +38,6 @@ def make_base(folder: Path, *, checkpoint: bool = True, pack: Path = PACK) -> Pa
             place = folder / "models" / file.relative_to(kept)
             place.parent.mkdir(exist_ok=True)
             link_file(file, place)
-        # Small, and not linked, so that nothing writes to what is shipped.
-        encoders = folder / "models" / "clip_vision"
-        encoders.mkdir(exist_ok=True)
-        for file in (weights.low_encoder_file, weights.high_encoder_file):
-            shutil.copyfile(file, encoders / file.name)
     return folder
 
 

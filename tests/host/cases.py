@@ -25,6 +25,8 @@ WITH_IDENTITY = frozenset({"learn_identity", "identity_edits", "makeup_transfer"
 """The workflows whose prompts say <ann> where others say person."""
 WITH_MAKEUP = frozenset({"makeup_transfer"})
 """The workflows whose target prompt has the learned lips of the reference."""
+WITH_SUBJECT = frozenset({"flexip_gamma", "flexip_two_subjects"})
+"""The workflows that give the portrait's person the attributes of the reference."""
 PROMPTS = {"Source prompt": "source_prompt", "Target prompt": "target_prompt"}
 """Title of a node that holds one prompt -> widget of a node that holds both."""
 
@@ -48,6 +50,8 @@ def drawn_case(seed: int, workflow: str = "") -> Case:
     if workflow in WITH_IDENTITY:
         prompts = [prompt.replace("person", "<ann>") for prompt in prompts]
     case = Case(Image.fromarray(pixels), *prompts)
+    if workflow in WITH_SUBJECT:
+        return replace(case, target_prompt=drawn_case(REFERENCE_SEED).source_prompt)
     if workflow in WITH_MAKEUP:
         return replace(case, target_prompt=re.sub(r"\w+ lips", "<berry> lips", case.source_prompt))
     return _with_second_change(case) if workflow in TWO_CHANGES else case

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
-from portraits import checkpoint, weights
+from portraits import checkpoint, image_encoders, weights
 
-from . import small_text_encoders
+from . import ip_adapters, small_text_encoders
 from .base import link_file
 from .prompts import Graph
 
 Weights = dict[str, Tensor]
 
+_sd15_text = 768
+"""Width of what SD1.5's text encoder gives."""
 SIDE = 96
 """Of the pictures in a shortened workflow."""
 _SHORT: dict[str, dict[str, float | str]] = {
@@ -41,6 +43,8 @@ _SHORT: dict[str, dict[str, float | str]] = {
         "resolution": 64,
     },
     "PinpointNullTextInversion": {"inner_steps": 1},
+    "EmptyLatentImage": {"width": SIDE, "height": SIDE},
+    "KSampler": {"steps": 2},
 }
 
 
@@ -91,6 +95,41 @@ def encoder(name: str) -> Weights:
     }
     made = makers[name](device="meta", model_options=small_text_encoders.OPTIONS)
     return _drawn(made.transformer, seed=list(makers).index(name))
+
+
+def sd15() -> Weights:
+    """SD1.5's UNet with all of its transformers, but all levels as wide as the first."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.ops import disable_weight_init
+
+    with torch.device("meta"):
+        model = UNetModel(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=320,
+            num_res_blocks=[2, 2, 2, 2],
+            channel_mult=[1, 1, 1, 1],
+            transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+            transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+            transformer_depth_middle=1,
+            context_dim=_sd15_text,
+            num_heads=8,
+            use_spatial_transformer=True,
+            operations=disable_weight_init,
+        )
+    return _drawn(model, seed=15)
+
+
+def ip_adapter(kind: str) -> Weights:
+    """An IP-Adapter for `sd15` and the small image encoder: "global" or "plus"."""
+    generator = torch.Generator().manual_seed(len(kind))
+    seen = image_encoders.width
+    shapes = ip_adapters.shapes(kind, [320] * 16, _sd15_text, seen, 128)
+    return {
+        key: torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        for key, shape in shapes.items()
+    }
 
 
 def sdxl() -> Weights:
@@ -189,7 +228,7 @@ def _drawn(model: Any, seed: int) -> Weights:
 
 RECIPES: dict[str, Callable[[], Weights]] = {
     "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": lambda: _checkpoint(
-        "SD15", tiny.sd15(), _encoders("clip_l"), weights.sd15_codec_file
+        "SD15", sd15(), _encoders("clip_l"), weights.sd15_codec_file
     ),
     "checkpoints/sd_xl_base_1.0.safetensors": lambda: _checkpoint(
         "SDXL", sdxl(), _encoders("clip_l", "clip_g"), weights.sd15_codec_file
@@ -201,5 +240,8 @@ RECIPES: dict[str, Callable[[], Weights]] = {
     "text_encoders/clip_l.safetensors": lambda: encoder("clip_l"),
     "text_encoders/t5xxl_fp16.safetensors": lambda: encoder("t5xxl"),
     "vae/ae.safetensors": checkpoint.flux_vae,
+    "clip_vision/model.safetensors": lambda: load_file(weights.high_encoder_file),
+    "ipadapter/ip-adapter-plus_sd15.safetensors": lambda: ip_adapter("plus"),
+    "ipadapter/ip-adapter_sd15.safetensors": lambda: ip_adapter("global"),
 }
 """Places below models."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .tapping import Family
@@ -55,6 +57,16 @@ def adapter(pack: ModuleType, model: Any, family: Family, **changes: Any) -> Any
         about="",
     )
     return replace(made, **changes)
+
+
+def save(pack: ModuleType, adapter: Any, path: Path) -> Path:
+    """Write one of these adapters, as Train FlexIP writes its own."""
+    files = pack.nodes.host.adapter_files
+    tensors, metadata = files.content(
+        adapter.patcher.model, list(adapter.blocks), adapter.family, adapter.mode, {}
+    )
+    save_file(tensors, path, metadata)
+    return path
 
 
 def settings(pack: ModuleType, gamma: float = 0.6, **given: Any) -> Any:

@@ -34,6 +34,7 @@ NEEDS = {
     "flux_sculptor_flux1_dev": ("flux_sculptor", "Flux.1-dev"),
     "s2edit_sd15": ("identity_edits", "SD1.5"),
     "s2edit_sdxl": ("identity_edits", "SDXL"),
+    "flexip_ip_adapter_sd15": ("flexip_gamma", "SD1.5"),
 }
 """Workflow -> the demo workflow in whose place it stands, and the model that it needs."""
 

@@ -24,6 +24,7 @@ REAL_WEIGHTS = {
     "flux_sculptor_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
     "s2edit_sd15": {"ckpt_name"},
     "s2edit_sdxl": {"ckpt_name"},
+    "flexip_ip_adapter_sd15": {"ckpt_name", "file_name", "preservation", "personalization"},
 }
 """Workflow -> the inputs that name a file which does not ship."""
 DEMOS = [name for name in NAMES if name not in REAL_WEIGHTS]

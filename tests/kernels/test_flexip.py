@@ -237,8 +237,8 @@ def test_literal_scales_tokens_as_the_figure_does(flexip: ModuleType, network: A
 @pytest.mark.parametrize("gamma", [0.0, 0.25, 0.5, 1.0])
 def test_linear_is_the_sum_of_two_attentions(flexip: ModuleType, gamma: float) -> None:
     q, (kept, free) = queries(), branches(flexip)
-    expected = gamma * attention(flat(q), *kept, HEADS)
-    expected = expected + (1 - gamma) * attention(flat(q), *free, HEADS)
+    expected = gamma * attention(flat(q), kept.keys, kept.values, HEADS)
+    expected = expected + (1 - gamma) * attention(flat(q), free.keys, free.values, HEADS)
     found = flexip.gated_attention(q, (kept, free), (gamma, 1 - gamma), "linear")
     torch.testing.assert_close(found, expected)
 

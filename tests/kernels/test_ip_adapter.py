@@ -65,7 +65,9 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def plus(kernel: ModuleType, heads: int = 2) -> Any:
-    sizes: dict[str, int] = dict(image_width=20, inner=24, width=28, tokens=5, attention_width=64 * heads)
+    sizes: dict[str, int] = dict(
+        image_width=20, inner=24, width=28, tokens=5, attention_width=64 * heads
+    )
     return filled(kernel.Resampler(**sizes, mlp_width=96, depth=4))
 
 

@@ -109,7 +109,7 @@ def test_file_is_loaded_and_applied(
     framing = dict(background="remove", margin=0.1, fit="pad", combine="concatenate")
     subject = stock.call("PinpointEncodeSubject", image=image, **encoders, **framing)[0]
     widgets = dict(gamma=0.5, weight=1.0, mode="as trained", start=0.0, end=1.0, blocks="all")
-    model, _ = parts["model"], None
+    model = parts["model"]
     (applied,) = stock.call(
         "PinpointApplyFlexIP", model=model, adapter=adapter, subject=subject, **widgets
     )
@@ -263,6 +263,16 @@ def test_what_cannot_be_trained_is_said(
     with pytest.raises(ValueError, match=message):
         trained(**changed)
     assert not models.exists()
+
+
+def test_models_that_cannot_be_trained_are_refused_before_anything_is_encoded(
+    trained: Trained, parts: dict[str, Any], models: Path
+) -> None:
+    other = parts["model"].clone()
+    other.cached_patcher_init = None
+    with pytest.raises(ValueError, match="model comes from a loader that cannot load it a second"):
+        trained(model=other)
+    assert not (models.parent / "input" / "people" / "encoded").exists()
 
 
 def test_an_error_in_a_graph_is_a_sentence(

@@ -58,7 +58,8 @@ class Spy:
     """What an attention gives before and after what a model in between adds to it."""
 
     def __init__(self, pack: ModuleType):
-        self.tap, self.seen = pack.nodes.host.tap, []
+        self.tap = pack.nodes.host.tap
+        self.seen: list[tuple[Any, Tensor, Tensor]] = []
 
     def around(self, model: Any, change: Callable[[Any], Any]) -> Any:
         inner: list[Tensor] = []

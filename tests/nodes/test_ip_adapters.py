@@ -63,8 +63,8 @@ def apply(model: Any, adapter: Any, subject: Any, **inputs: Any) -> Any:
 
 def velocity(model: Any, family: str = "SD15", rows: int = 1) -> Tensor:
     x = picture_latent(rows, 16, 8, channels=4)
-    prompts = (stock.conditioning(seed, width=TEXT[family]) for seed in (1, 2))
-    return stock.velocity(model, *prompts, 2.0, x, 3.0)
+    positive, negative = (stock.conditioning(seed, width=TEXT[family]) for seed in (1, 2))
+    return stock.velocity(model, positive, negative, 2.0, x, 3.0)
 
 
 def test_the_node_says_what_it_loaded(folder: Path) -> None:
@@ -130,7 +130,8 @@ def test_at_the_ends_of_the_gate_one_file_acts_alone(
 def added(pack: ModuleType, model: Any, patched: Callable[[Any], Any], family: str) -> dict:
     """What comes to each cross-attention: (attention, what was added), by block."""
     tap = pack.nodes.host.tap
-    before, after = {}, {}
+    before: dict[Any, Any] = {}
+    after: dict[Any, Any] = {}
 
     def watching(kept: dict[Any, Any]) -> Any:
         def handler(attention: Any, proceed: Any) -> Tensor:

@@ -24,14 +24,14 @@ def test_a_portrait_comes_back(host: Host) -> None:  # noqa: ARG001
         model = sd15.load_model()
     (vae,) = stock.call("VAELoader", vae_name=checkpoint.sd15_vae_name)
     (clip,) = stock.call("CLIPLoader", clip_name=checkpoint.clip_name, type="stable_diffusion")
-    prompts = (
+    described, empty = (
         stock.call("CLIPTextEncode", clip=clip, text=text)[0] for text in (caption(person), "")
     )
     (latent,) = stock.call("VAEEncode", vae=vae, pixels=source.movedim(1, -1))
     (sigmas,) = stock.call(
         "BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0
     )
-    job = NullText(model, *prompts, latent["samples"], tuple(sigmas.tolist()), guidance)
+    job = NullText(model, described, empty, latent["samples"], tuple(sigmas.tolist()), guidance)
 
     def returned(inner_steps: int) -> float:
         tuned = job.having(inner_steps=inner_steps)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from host import stock, tiny_clip
+from host import flexips, ip_adapters, stock, subjects, tiny_clip
 from host.edits import picture_latent
 from host.graphs import NodeGraph
 from host.inprocess import Host
 from host.prompts import PromptFailed, PromptRejected
+from host.tapping import FAMILIES
 
 TinyModel = Callable[[str], Any]
 
@@ -24,6 +25,13 @@ NODES = (
     "PinpointApplyIdentity",
     "PinpointSaveIdentity",
     "PinpointLoadIdentity",
+    "PinpointLoadImageEncoder",
+    "PinpointEncodeSubject",
+    "PinpointLoadFlexIP",
+    "PinpointApplyFlexIP",
+    "PinpointFlexIPGate",
+    "PinpointIPAdapterBranches",
+    "PinpointTrainFlexIP",
     "PinpointVelocityMask",
     "PinpointSourceTargetGuider",
     "PinpointEditSampler",
@@ -48,6 +56,7 @@ nodes = pytest.mark.parametrize("class_type", NODES)
 
 # Small enough to run, where a widget's default is made for real models.
 QUICK = {"steps": 4, "n_max": 3, "samples": 2, "inner_steps": 1, "token_steps": 1}
+QUICK |= {"width": 64, "resolution": 64, "detail_depth": 1, "global_depth": 1, "text_depth": 1}
 # What a person writes, and all of the two blocks that a tiny SD3 has.
 TEXTS = {
     "source_prompt": "a red hat",
@@ -57,23 +66,65 @@ TEXTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def identity(
-    pack: ModuleType,
+@pytest.fixture
+def folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     host: Host,  # noqa: ARG001
-) -> Any:
-    """The only one in models/identities."""
+) -> Callable[[str], Path]:
+    """A function that makes an empty folder the only one of its kind below models."""
     import folder_paths
 
-    entry: tuple[list[str], set[str]] = ([str(tmp_path)], set())
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "identities", entry)
-    monkeypatch.delitem(folder_paths.filename_list_cache, "identities", raising=False)
+    def emptied(kind: str) -> Path:
+        path = tmp_path / kind
+        path.mkdir()
+        entry: tuple[list[str], set[str]] = ([str(path)], set())
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, entry)
+        monkeypatch.delitem(folder_paths.filename_list_cache, kind, raising=False)
+        return path
+
+    return emptied
+
+
+@pytest.fixture(autouse=True)
+def identity(pack: ModuleType, folder: Callable[[str], Path]) -> Any:
+    """The only one in models/identities."""
+    folder("identities")
     files, kind = pack.nodes.host.identity_files, pack.nodes.host.identity.Identity
     ann = kind("ann", "person", "SD3", {"l": torch.ones(1, 64)})
     files.save(ann, "saved")
     return ann
+
+
+@pytest.fixture(autouse=True)
+def ip_adapters_folder(folder: Callable[[str], Path]) -> None:
+    """One file in models/ipadapter."""
+    ip_adapters.write(folder("ipadapter"), "small", ip_adapters.weights("global"))
+
+
+@pytest.fixture
+def flexip_things(
+    pack: ModuleType,
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, Any]:
+    """Adapters, subjects, encoders, and a folder to train from."""
+    import folder_paths
+
+    family = FAMILIES["SD3"]
+    adapter = subjects.adapter(pack, tiny_model("sd3_bare"), family)
+    subjects.save(pack, adapter, folder("flexip") / "saved.safetensors")
+    flexips.folder(tmp_path / "input" / "flexip")
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "input"))
+    return {
+        "CLIP_VISION": flexips.encoder("dinov2"),
+        "PINPOINT_ADAPTER": adapter,
+        "PINPOINT_SUBJECT": subjects.subject(pack),
+        "PINPOINT_GATE": pack.nodes.host.gates.constant(0.4),
+        "FLOATS": [0.2, 0.4],
+    }
 
 
 @pytest.fixture
@@ -82,6 +133,7 @@ def things(
     tiny_model: TinyModel,
     demo: stock.Demo,
     noise_things: dict[str, Any],
+    flexip_things: dict[str, Any],
     class_type: str,
 ) -> dict[str, Any]:
     """Something for every wire, by the wire's type or the input's name."""
@@ -114,6 +166,7 @@ def things(
         "LATENT": latent,
         "IMAGE": picture,
         "MASK": torch.ones(1, 64, 64),
+        **flexip_things,
         **(noise_things if class_type in NOISE_PREDICTION else {}),
     }
 
@@ -154,7 +207,8 @@ def graph_of(host: Host, class_type: str, things: dict[str, Any]) -> NodeGraph:
         if kind in ("INT", "FLOAT", "BOOLEAN", "COMBO", "STRING"):
             default = options.get("default", options.get("options", [None])[0])
             inputs[name] = {**QUICK, **TEXTS}.get(name, default)
-        else:
+        # Which takes the place of another input.
+        elif kind != "CURVE":
             inputs[name] = graph.give(things[kind if kind in things else name])
     node = graph.add(class_type, **inputs)
     if class_type in ("PinpointEditSampler", "PinpointFlowSolver", "PinpointStructureSampler"):

@@ -1,7 +1,8 @@
 """The demo models as files that stock loaders know, made from the shipped weights.
 
 One SD3 checkpoint with everything in it, for Flux a transformer, a VAE and a text encoder, and for
-SD1.5 a VAE; its UNet is loaded by `sd15`. With them two identities of the SD3 model.
+SD1.5 a VAE; its UNet is loaded by `sd15`. With them two identities of the SD3 model, its FlexIP
+adapter and the image encoders.
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ def ensure(models_dir: Path) -> list[Path]:
     for target, (make, parts) in recipes.items():
         _make(models_dir / target, make, parts)
     made = [models_dir / target for target in recipes]
-    return [*made, *(_copy(file, models_dir / "identities") for file in weights.identity_files)]
+    shipped = {
+        "identities": weights.identity_files,
+        "clip_vision": [weights.low_encoder_file, weights.high_encoder_file],
+        "flexip": [weights.flexip_file],
+    }
+    return [
+        *made,
+        *(_copy(file, models_dir / kind) for kind, files in shipped.items() for file in files),
+    ]
 
 
 def _make(target: Path, make: Callable[[], dict[str, Tensor]], parts: tuple[Path, ...]) -> None:
@@ -54,7 +63,7 @@ def _make(target: Path, make: Callable[[], dict[str, Tensor]], parts: tuple[Path
 
 
 def _copy(file: Path, folder: Path) -> Path:
-    """An identity is shipped as it is loaded, its metadata with it."""
+    """What is shipped as it is loaded, its metadata with it."""
     folder.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copyfile(file, folder / file.name))
 

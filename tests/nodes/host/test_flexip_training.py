@@ -39,13 +39,16 @@ def make(tiny_model: TinyModel, pack: ModuleType) -> Make:
         network: Any = None,
         pairs: int = 2,
         save_every: int = 500,
+        accelerator: Any = None,
         **changed: Any,
     ) -> Any:
         model, training = tiny_model(family.model), pack.nodes.host.flexip_training
         network = network or training.new_network(model, LOW, HIGH, family.text_width, **SIZES)
         settings = kinds.TrainingSettings(**{**QUICK, **changed})
         source = RandomPairs(kinds.Pair, family, pairs)
-        return training.Trainer(model, network, source, settings, state, save_every, watch)
+        return training.Trainer(
+            model, network, source, settings, state, save_every, watch, accelerator
+        )
 
     return trainer
 
@@ -271,6 +274,43 @@ def test_gamma_is_of_the_range_of_the_kind(make: Make) -> None:
         assert len(gammas) > 10
         assert all(low <= gamma <= high for gamma in gammas)
         assert max(gammas) - min(gammas) > 0.1
+
+
+class Together:
+    """One of two processes, as `accelerate` joins them; the other's numbers are known already."""
+
+    num_processes = 2
+
+    def __init__(self, process_index: int, other: Tensor | None = None):
+        self.process_index, self.other = process_index, other
+
+    @property
+    def is_main_process(self) -> bool:
+        """The first is."""
+        return self.process_index == 0
+
+    def reduce(self, tensor: Tensor, _reduction: str) -> Tensor:
+        """The mean of both; alone it keeps its own."""
+        self.own = tensor.clone()
+        return tensor if self.other is None else (tensor + self.other) / 2
+
+
+def test_processes_learn_from_other_pairs_and_stay_the_same(make: Make, tmp_path: Path) -> None:
+    alone = [Together(0), Together(1)]
+    for one in alone:
+        make(steps=1, accelerator=one).run()
+    first, second = (one.own for one in alone)
+    assert not torch.equal(first, second)
+    both = []
+    for index, other in ((0, second), (1, first)):
+        state = tmp_path / f"{index}.state.safetensors"
+        both.append(make(steps=1, state=state, accelerator=Together(index, other)))
+        both[-1].run()
+        # One of them writes.
+        assert state.exists() == (index == 0)
+    require_same(weights(both[0]), weights(both[1]))
+    assert both[0].progress.losses == both[1].progress.losses
+    assert both[0].progress.losses[0] == pytest.approx(float(first[-1] + second[-1]) / 2)
 
 
 def test_average_follows_and_is_what_is_saved(make: Make) -> None:
