@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from host.cases import REFERENCE_SEED, drawn_case, drawn_pictures, upload
+from host.cases import REFERENCE_SEED, drawn_case, drawn_pictures, upload, write_people
 from host.comfyui import PACK
 from host.inprocess import Host
 from host.options import WORKFLOWS
@@ -24,8 +24,8 @@ RECONSTRUCTION = "inversion_reconstruction"
 """The workflow that edits nothing."""
 SEVERAL_EDITS = "identity_edits"
 TWO_PEOPLE = "two_people"
-DIAL, TWO_SUBJECTS = "flexip_gamma", "flexip_two_subjects"
-OTHERS = (RECONSTRUCTION, SEVERAL_EDITS, TWO_PEOPLE, DIAL, TWO_SUBJECTS)
+DIAL, TWO_SUBJECTS, TRAINING = "flexip_gamma", "flexip_two_subjects", "train_flexip"
+OTHERS = (RECONSTRUCTION, SEVERAL_EDITS, TWO_PEOPLE, DIAL, TWO_SUBJECTS, TRAINING)
 EDITS = [name for name in DEMOS if name not in OTHERS]
 """Those that make one edit of the demo portrait."""
 TEXTS = ("CLIPTextEncode", "PrimitiveStringMultiline")
@@ -42,6 +42,7 @@ def pictures(server: Server) -> Callable[[str], Pictures]:
     """
     drawn = drawn_pictures()
     assert upload(server, drawn) == list(drawn)
+    write_people(server.base / "input")
     return cache(lambda name: run(server, name, learn_little))
 
 
@@ -57,6 +58,8 @@ def learn_little(graph: Graph) -> None:
         if node["class_type"] == "PinpointLearnIdentity":
             steps = {widget: min(node["inputs"][widget], 4) for widget in ("token_steps", "steps")}
             node["inputs"].update(steps, attributes="hair, hat")
+        if node["class_type"] == "PinpointTrainFlexIP":
+            node["inputs"]["steps"] = 4
 
 
 # The files
@@ -68,7 +71,7 @@ def test_there_are_the_promised_ones() -> None:
         *("flux_sculptor", "flux_sculptor_parts", "flux_sculptor_two_attributes", "rf_edit"),
         *("attention_mask_focusflow_sd3", RECONSTRUCTION, "prompt_to_prompt"),
         *("learn_identity", SEVERAL_EDITS, "makeup_transfer", TWO_PEOPLE),
-        *(DIAL, "flexip_edit", TWO_SUBJECTS),
+        *(DIAL, "flexip_edit", TWO_SUBJECTS, TRAINING),
         *REAL_WEIGHTS,
     } == set(NAMES)
 
@@ -300,6 +303,15 @@ def test_two_subjects_are_made_each_in_their_half(
     # The prompts ask for a yellow and for an orange background.
     left, right = both[:8, :8].mean((0, 1)), both[:8, -8:].mean((0, 1))
     assert left[1] > right[1] + 20
+
+
+def test_an_adapter_is_trained_and_used(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    saved = pictures(TRAINING)
+    assert saved.keys() == {"subject", "picture"}
+    assert saved["picture"].shape == portrait.shape
+    assert saved["picture"].std() > 5
 
 
 @pytest.mark.parametrize("name", ["focusflow", "flux_sculptor"])

@@ -29,10 +29,9 @@ from torch import Tensor
 
 from bench.lab import Lab, Row, mean_row, report
 from portraits import weights
-from portraits.dataset import people, pictures, smallest_change
+from portraits.dataset import people, pictures, smallest_change, views
 from portraits.judging import fitted_identities, nearest_values, visible
 from portraits.people import Portrait, attributes, caption, identity_ranges
-from portraits.train_flexip import group
 
 gammas = (0.0, 0.25, 0.5, 0.75, 1.0)
 prompts_each, steps, guidance = 4, 20, 2.0
@@ -139,7 +138,7 @@ def scores(person: Portrait, asked: list[Portrait], images: Tensor) -> Row:
 
 def measured(studio: Studio, number: int, person: Portrait, name: str, dial: float) -> Row:
     """One person's pictures by one method at one place of its dial, judged."""
-    reference, *asked = group(person, random.Random(f"flexip:{number}"), 1 + prompts_each)
+    reference, *asked = views(person, random.Random(f"flexip:{number}"), 1 + prompts_each)
     model = studio.model(methods[name], studio.subject(reference), dial)
     images, seconds = studio.pictures(model, [caption(p) for p in asked], number)
     return {**scores(person, asked, images), "seconds": seconds}
@@ -207,7 +206,7 @@ def _above(point: Row, curve: list[Row]) -> bool:
 
 def overhead(studio: Studio) -> str:
     """What the adapter adds to a sampling run, measured in turn with runs without it."""
-    person, *asked = group(people("held-out", 2, 1)[0], random.Random(0), 1 + prompts_each)
+    person, *asked = views(people("held-out", 2, 1)[0], random.Random(0), 1 + prompts_each)
     subject = studio.subject(person)
     texts = [caption(p) for p in asked]
     times: dict[str, list[float]] = {"plain": [], "adapted": []}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import random
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from PIL import Image
 
 from portraits import demo_case
-from portraits.people import attributes
+from portraits.dataset import people, pictures, views
+from portraits.people import attributes, caption
 
 from .prompts import Graph, Outputs
 from .server import Server
@@ -19,13 +22,15 @@ PORTRAIT = "pinpoint_portrait.png"
 REFERENCE = "pinpoint_reference.png"
 REFERENCE_SEED = 10
 """A second portrait, from which some workflows take something, and its seed."""
+PEOPLE = "pinpoint_people"
+"""A folder of portraits with captions, to train from."""
 TWO_CHANGES = frozenset({"flux_sculptor_two_attributes"})
 """The workflows whose target prompt changes two things."""
 WITH_IDENTITY = frozenset({"learn_identity", "identity_edits", "makeup_transfer", "two_people"})
 """The workflows whose prompts say <ann> where others say person."""
 WITH_MAKEUP = frozenset({"makeup_transfer"})
 """The workflows whose target prompt has the learned lips of the reference."""
-WITH_SUBJECT = frozenset({"flexip_gamma", "flexip_two_subjects"})
+WITH_SUBJECT = frozenset({"flexip_gamma", "flexip_two_subjects", "train_flexip"})
 """The workflows that give the portrait's person the attributes of the reference."""
 PROMPTS = {"Source prompt": "source_prompt", "Target prompt": "target_prompt"}
 """Title of a node that holds one prompt -> widget of a node that holds both."""
@@ -60,6 +65,19 @@ def drawn_case(seed: int, workflow: str = "") -> Case:
 def drawn_pictures() -> dict[str, Image.Image]:
     """All pictures that the workflows load, by file name."""
     return {PORTRAIT: drawn_case(0).image, REFERENCE: drawn_case(REFERENCE_SEED).image}
+
+
+def write_people(inputs: Path) -> None:
+    """Put drawn portraits and their captions into an input folder, as Train FlexIP reads them."""
+    rng, folder = random.Random(0), inputs / PEOPLE
+    drawn = {f"invariant/{i}": person for i, person in enumerate(people("demo", 1, 6))}
+    for name, person in zip("abcd", people("demo", 2, 4), strict=True):
+        drawn |= {f"variant/{name}/{i}": p for i, p in enumerate(views(person, rng, 3))}
+    for (name, person), pixels in zip(drawn.items(), pictures(list(drawn.values())), strict=True):
+        file = folder / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+        file.with_suffix(".txt").write_text(caption(person), "utf-8")
 
 
 def _with_second_change(case: Case) -> Case:

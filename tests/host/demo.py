@@ -29,6 +29,7 @@ from host.cases import (
     fill_in,
     saved_pictures,
     upload,
+    write_people,
 )
 from host.comfyui import ComfyUINotFound, cache_folder
 from host.prompts import Graph, PromptFailed, PromptInterrupted, PromptRejected
@@ -46,6 +47,7 @@ def edit(settings: argparse.Namespace) -> None:
     workflow = json.loads((options.WORKFLOWS / f"{settings.workflow}.json").read_text("utf-8"))
     say("Starting ComfyUI")
     with fresh_base() as base, Server(base) as server:
+        write_people(base / "input")
         graph = server.convert(workflow)
         upload(server, {**drawn_pictures(), PORTRAIT: case.image})
         prompts = fill_in(graph, case, PORTRAIT, settings.seed)
@@ -67,6 +69,7 @@ def open_page(settings: argparse.Namespace) -> None:
     copy_workflows(base / "user" / "default" / "workflows")
     for name, picture in drawn_pictures().items():
         picture.save(base / "input" / name)
+    write_people(base / "input")
     port = free_port(settings.port)
     say("Starting ComfyUI")
     previews = ["--preview-method", "latent2rgb"]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from host.cases import drawn_pictures, saved_pictures, upload
+from host.cases import drawn_pictures, saved_pictures, upload, write_people
 from host.demo import fresh_base
 from host.options import WORKFLOWS
 from host.server import Server
@@ -48,6 +48,7 @@ def main(names: list[str]) -> None:
     results: dict[str, Pictures] = {}
     with fresh_base() as base, Server(base) as server:
         upload(server, drawn_pictures())
+        write_people(base / "input")
         for name in sorted(set(shown.values())):
             print(f"running {name}", flush=True)
             results[name] = run(server, load(name))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .drawing import draw
-from .people import Portrait, attributes, caption, sample
+from .people import Portrait, attributes, caption, identity_ranges, sample
 
 change_threshold = 6 / 255
 """A pixel is edited when any of its colours differs by more than this."""
@@ -56,6 +56,17 @@ def edits(split: str, seed: int, count: int) -> list[Edit]:
             continue
         if edited_pixels(draw([edit.source]), draw([edit.target])).sum() >= smallest_change:
             found.append(edit)
+    return found
+
+
+def views(person: Portrait, rng: random.Random, count: int) -> list[Portrait]:
+    """Portraits of one person with other attributes and at other places of the picture."""
+    found = []
+    for _ in range(count):
+        other = sample(rng)
+        kept, moved = (dict(zip(identity_ranges, p.identity, strict=True)) for p in (person, other))
+        placed = {**kept, "center x": moved["center x"], "center y": moved["center y"]}
+        found.append(replace(other, identity=tuple(placed.values())))
     return found
 
 

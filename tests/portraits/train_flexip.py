@@ -13,7 +13,6 @@ import argparse
 import importlib
 import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,15 @@ from torch import Tensor
 
 from bench.lab import Lab
 from portraits import image_encoders, weights
-from portraits.dataset import people, pictures
+from portraits.dataset import people, pictures, views
 from portraits.formats import FORMATS
-from portraits.people import Portrait, caption, identity_ranges, phrase_order, sample
+from portraits.people import Portrait, caption, phrase_order
 from portraits.text_encoder import width as text_width
 
 identities, pictures_each = 3000, 4
 sizes = {"width": 128, "detail_depth": 2, "global_depth": 1, "text_depth": 2}
 partial_captions = {True: 0.6, False: 0.1}
 """Share of captions that leave out phrases, for invariant pairs and for variant ones."""
-
-
-def group(person: Portrait, rng: random.Random, count: int = pictures_each) -> list[Portrait]:
-    """Portraits of one person: other attributes, another place."""
-    found = []
-    for _ in range(count):
-        other = sample(rng)
-        place = dict(zip(identity_ranges, other.identity, strict=True))
-        kept = dict(zip(identity_ranges, person.identity, strict=True))
-        moved = {**kept, "center x": place["center x"], "center y": place["center y"]}
-        found.append(replace(other, identity=tuple(moved.values())))
-    return found
 
 
 def caption_of(person: Portrait, partial: float, rng: random.Random) -> str:
@@ -65,7 +52,7 @@ class PortraitPairs:
 
     def __init__(self, lab: Lab, make: Any, cache: Path):
         rng = random.Random(0)
-        people_of = [group(person, rng) for person in people("train", 5, identities)]
+        people_of = [views(person, rng, pictures_each) for person in people("train", 5, identities)]
         self.portraits = [person for persons in people_of for person in persons]
         self.lab, self.make = lab, make
         self.features = load_file(cache) if cache.exists() else _features(lab, self.portraits)
