@@ -38,9 +38,9 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def changed(path: Path, tensors: dict[str, Any] | None = None, **metadata: str) -> Path:
+def changed(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> Path:
     """The file with other tensors (None = without it) and metadata."""
-    kept = {**load_file(path), **(tensors or {})}
+    kept = {**load_file(path), **tensors}
     kept = {key: tensor for key, tensor in kept.items() if tensor is not None}
     save_file(kept, path, {**metadata_of(path), **metadata})
     return path
@@ -97,7 +97,7 @@ def test_strange_metadata_is_refused(
     files: ModuleType, saved: Path, metadata: dict[str, str], sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
-        files.load_file(changed(saved, **metadata))
+        files.load_file(changed(saved, {}, metadata))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_sizes_that_cannot_be_are_refused(
 ) -> None:
     sizes = {**json.loads(metadata_of(saved)["sizes"]), name: value}
     with pytest.raises(ValueError, match="its sizes cannot be read"):
-        files.load_file(changed(saved, sizes=json.dumps(sizes)))
+        files.load_file(changed(saved, {}, {"sizes": json.dumps(sizes)}))
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,13 @@ def test_strange_tensors_are_refused(
     files: ModuleType, saved: Path, tensor: Any, sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
-        files.load_file(changed(saved, {"queries": tensor}))
+        files.load_file(changed(saved, {"queries": tensor}, {}))
     with pytest.raises(ValueError, match="first is strange"):
-        files.load_file(changed(saved, {"queries": torch.zeros(5, 32), "strange": torch.ones(1)}))
+        files.load_file(
+            changed(saved, {"queries": torch.zeros(5, 32), "strange": torch.ones(1)}, {})
+        )
 
 
 def test_eight_bit_weights_are_read(files: ModuleType, saved: Path) -> None:
     eight = load_file(saved)["queries"].to(torch.float8_e4m3fn)
-    assert files.load_file(changed(saved, {"queries": eight})).name == "tiny"
+    assert files.load_file(changed(saved, {"queries": eight}, {})).name == "tiny"
