@@ -120,12 +120,18 @@ def load_file(path: Path) -> Adapter:
             f"file {file_name} has format {metadata.get('format_version')}, this Pinpoint knows "
             f"{_version}: update Pinpoint"
         )
+    family = metadata.get("family")
+    if not family:
+        raise ValueError(
+            f"file {file_name} is damaged: it does not say its model family; download or save it "
+            "again"
+        )
     sizes, blocks = _sizes(metadata, file_name)
     network = filled(lambda operations: FlexIP(sizes, operations), tensors, file_name)
     mode = _mode(metadata, file_name)
     return Adapter(
         name=file_name.removesuffix(suffix),
-        family=metadata.get("family"),
+        family=family,
         patcher=patcher(network),
         preservation=FlexIPPreservation(network),
         personalization=FlexIPPersonalization(network),
@@ -193,6 +199,8 @@ def _sizes(metadata: dict[str, str], file_name: str) -> tuple[FlexIPSizes, list[
             raise ValueError("width is no multiple of head_width")
         listed = json.loads(metadata["blocks"])
         blocks = [_block(*place) for *place, _ in listed]
+        if len(set(blocks)) != len(blocks):
+            raise ValueError("blocks are listed twice")
         widths = {block_key(b): _size(row[3], "") for b, row in zip(blocks, listed, strict=True)}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
@@ -203,7 +211,8 @@ def _sizes(metadata: dict[str, str], file_name: str) -> tuple[FlexIPSizes, list[
 
 
 def _block(kind: str, index: int, part: int) -> Block:
-    if not kind.isalpha() or type(index) is not int or type(part) is not int:
+    is_named = isinstance(kind, str) and kind.isalpha()
+    if not is_named or type(index) is not int or type(part) is not int:
         raise ValueError(f"block {kind} {index} {part}")
     return Block(kind, index, part)
 

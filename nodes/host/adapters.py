@@ -170,8 +170,7 @@ def _require_width(encoder: str, found: int, wanted: int) -> None:
 def require_fitting(model: ModelPatcher, adapter: Adapter, subject: Subject) -> None:
     """Refuse an adapter of another model family, or a subject of other image encoders."""
     family, blocks = families.name(model), layouts.attention_widths(model)
-    # ComfyUI's classes for instructed and inpainting checkpoints are named after their base.
-    if adapter.family is not None and family.split("_")[0] != adapter.family:
+    if adapter.family is not None and families.base(adapter.family) != families.base(family):
         raise ValueError(
             f"adapter {adapter.name} was trained for {adapter.family}, the model is {family}: load "
             "the model or the adapter that belongs to the other"

@@ -8,6 +8,7 @@ the picture: where a model turns queries by their place (Flux), theirs is the pr
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ...kernels import masks
 from ...kernels.flexip import Gated, Mode, gated_attention
-from . import adapters, arguments, families, layouts, regions, tap
+from . import adapters, arguments, layouts, step_prompts, tap
 from .adapters import Adapter
 from .gates import Gate, Schedule
 from .layouts import Block, Place
@@ -89,7 +90,8 @@ def applied(
         return clone
     _load_with(clone, adapter)
     injection = _Injection(adapter, subject, settings, schedules)
-    clone = tap.tapped(clone if settings.mask is None else regions.remembering(clone), injection)
+    clone = tap.tapped(step_prompts.remembering(clone), injection)
+    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, models_key, injection.warn)
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, models_key, injection.forget)
     return clone
 
@@ -104,11 +106,31 @@ def _load_with(model: ModelPatcher, adapter: Adapter) -> None:
 
 @dataclass
 class _Tokens:
-    """What an adapter made of one conditioning: tokens, and what blocks see of them."""
+    """What an adapter made of one conditioning.
 
-    call: ModelCall
+    Attributes:
+        text: the prompt.
+        tokens: of each branch.
+        call: the last one that they were found to be of.
+        seen_by: what blocks see of them, as far as it is kept.
+        bytes: of what is kept.
+    """
+
+    text: Tensor
     tokens: list[Tensor]
+    call: weakref.ref[ModelCall]
     seen_by: dict[Block, list[Gated]] = field(default_factory=dict)
+    bytes: int = 0
+
+    def are_of(self, call: ModelCall, text: Tensor) -> bool:
+        """Whether a call's prompt is the same; guiders may change it from step to step."""
+        if self.call() is call:
+            return True
+        # What gradients flow through belongs to one call.
+        if text.requires_grad or self.text.requires_grad or not torch.equal(self.text, text):
+            return False
+        self.call = weakref.ref(call)
+        return True
 
 
 @dataclass
@@ -120,12 +142,24 @@ class _Injection:
     settings: Settings
     schedules: Mapping[Block, Schedule]
     _made: dict[Hashable, _Tokens] = field(default_factory=dict)
-    _kept: int = 0
+    _strengths: dict[Hashable, Tensor] = field(default_factory=dict)
+    _warned: bool = False
+
+    def warn(self, model: ModelPatcher) -> None:
+        """Tell of blocks that call no attention of ComfyUI's any more."""
+        replaced = model.model_options["transformer_options"].get("patches_replace", {})
+        if replaced.get("attn2"):
+            log.warning(
+                f"Pinpoint: another node replaces the cross-attention of {len(replaced['attn2'])} "
+                f"blocks, as IP-Adapter packs do, and {self.adapter.name} may not be seen there: "
+                "load their files with IP-Adapter as Branches instead"
+            )
 
     def forget(self, _model: ModelPatcher) -> None:
         """Free what was kept over the steps of a run."""
         self._made.clear()
-        self._kept = 0
+        self._strengths.clear()
+        self._warned = False
 
     def __call__(self, attention: Attention, proceed: Proceed) -> Tensor:
         """See `tap.Handler`."""
@@ -134,11 +168,10 @@ class _Injection:
         schedule = self.schedules.get(place.block)
         if place.text is None or call.text is None or schedule is None:
             return out
-        progress = families.progress(call.sampling, call.sigma)
         # As coarse as `progress` is.
-        if not self.settings.start - 1e-4 <= progress <= self.settings.end + 1e-4:
+        if not self.settings.start - 1e-4 <= call.progress <= self.settings.end + 1e-4:
             return out
-        gamma = schedule.at(progress)
+        gamma = schedule.at(call.progress)
         added = self._read(attention, (gamma, 1 - gamma)) * self._strength(call, place, out)
         out = out.clone()
         out[:, place.image] += added.to(out)
@@ -154,13 +187,16 @@ class _Injection:
                 f"mask has {len(mask)} images, the latent {call.rows}: use one mask, or one for "
                 "each"
             )
-        frames, *size = place.grid
-        parts = []
-        for position in range(len(call.branches)):
-            part = regions.mask_of(mask.float(), call, position)
-            inside = masks.resized(part, *size).clamp(0, 1).to(out).flatten(1)
-            parts.append(inside.repeat(call.rows // len(mask), frames))
-        return self.settings.weight * torch.cat(parts)[..., None]
+        alike = (tuple(call.branches), call.latent, place.grid, out.dtype, out.device)
+        if alike not in self._strengths:
+            frames, *size = place.grid
+            parts = []
+            for position in range(len(call.branches)):
+                part = step_prompts.mask_of(mask.float(), call, position)
+                inside = masks.resized(part, *size).clamp(0, 1).to(out).flatten(1)
+                parts.append(inside.repeat(call.rows // len(mask), frames))
+            self._strengths[alike] = self.settings.weight * torch.cat(parts)[..., None]
+        return self._strengths[alike]
 
     def _read(self, attention: Attention, gains: tuple[float, float]) -> Tensor:
         """(B, picture's tokens, width): each conditioning's rows look at its own tokens."""
@@ -168,35 +204,39 @@ class _Injection:
         q = attention.q[:, :, attention.place.image]
         for position in range(len(call.branches)):
             rows = slice(position * call.rows, (position + 1) * call.rows)
-            branches = self._seen(call, position, rows, attention.place.block, q)
+            branches = self._seen(self._tokens(call, position, rows, q), attention.place.block)
             read.append(gated_attention(q[rows], branches, gains, self.settings.mode))
         return torch.cat(read)
 
-    def _seen(
-        self, call: ModelCall, position: int, rows: slice, block: Block, q: Tensor
-    ) -> list[Gated]:
-        made = self._tokens(call, position, rows, q)
-        if block not in made.seen_by:
-            found = [
-                branch.keys_values(block, tokens)
-                for branch, tokens in zip(self.adapter.branches, made.tokens, strict=True)
-            ]
-            size = sum(t.nbytes for gated in found for t in gated)
-            if self._kept + size > largest_kept:
-                return found
-            self._kept += size
+    def _seen(self, made: _Tokens, block: Block) -> list[Gated]:
+        if block in made.seen_by:
+            return made.seen_by[block]
+        found = [
+            branch.keys_values(block, tokens)
+            for branch, tokens in zip(self.adapter.branches, made.tokens, strict=True)
+        ]
+        size = sum(t.nbytes for gated in found for t in gated)
+        if sum(each.bytes for each in self._made.values()) + size <= largest_kept:
+            made.bytes += size
             made.seen_by[block] = found
-        return made.seen_by[block]
+        elif not self._warned:
+            self._warned = True
+            log.info(
+                f"Pinpoint: {self.adapter.name} has more than {largest_kept >> 20} MB of keys and "
+                "values, of which the rest is made anew in each step"
+            )
+        return found
 
     def _tokens(self, call: ModelCall, position: int, rows: slice, q: Tensor) -> _Tokens:
         """Made once for each conditioning of a run."""
         assert call.text is not None
         text, (uuid, kind) = call.text[rows], call.branches[position]
-        key = (uuid, position if uuid is None else kind, tuple(text.shape), q.dtype, q.device)
+        prompt = step_prompts.prompt_of(call, position)
+        key = (uuid, kind, None if uuid else position, tuple(text.shape), q.dtype, q.device)
         made = self._made.get(key)
-        # Who calls the model without naming the conditionings may change them from call to call.
-        if made is None or (uuid is None and made.call is not call):
-            made = self._made[key] = _Tokens(call, self._make(text.to(q), seen=kind != 1))
+        if made is None or not made.are_of(call, text):
+            tokens = self._make(_unrepeated(text, prompt.length).to(q), not prompt.is_negative)
+            made = self._made[key] = _Tokens(text, tokens, weakref.ref(call))
         return made
 
     def _make(self, text: Tensor, seen: bool) -> list[Tensor]:
@@ -209,3 +249,12 @@ class _Injection:
         if len(text) > 1 and bool((text == text[:1]).all()):
             text = text[:1]
         return [branch.tokens(self.subject, text, seen) for branch in self.adapter.branches]
+
+
+def _unrepeated(text: Tensor, length: int | None) -> Tensor:
+    """A prompt without the repeats that ComfyUI gives it to batch it with longer ones."""
+    if not length or text.shape[1] % length or text.shape[1] == length:
+        return text
+    own = text[:, :length]
+    is_repeated = torch.equal(own.repeat(1, text.shape[1] // length, 1), text)
+    return own if is_repeated else text

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels import attention as attending
 from ...kernels import masks
-from . import layouts, regions, tap
+from . import layouts, step_prompts, tap
 from .tap import Attention, Proceed
 from .words import words_key
 
@@ -144,7 +144,7 @@ class _Prompt:
 
     rows: dict[str, list[int]]
     length: int
-    area: regions.Area | None
+    area: step_prompts.Area | None
 
 
 @dataclass
@@ -217,7 +217,7 @@ class _Confiner:
             if bias is None:
                 shape = attention.q.shape[2], attention.k.shape[2]
                 bias = attention.q.new_zeros(len(attention.q), *shape)
-            mask = regions.cropped(self.mask, prompt.area, prompts.size)
+            mask = step_prompts.cropped(self.mask, prompt.area, prompts.size)
             own = Confinement(tuple(prompt.rows[self.name]), prompt.length, mask)
             rows = slice(number * call.rows, (number + 1) * call.rows)
             bias[rows] = own.bias(attention, self.padding)
@@ -229,10 +229,10 @@ def _found(guider: Any) -> Iterator[tuple[tuple[Any, bool], _Prompt]]:
     # To give the opposite prompt the same area, ComfyUI copies an entry with its uuid and all, and
     # puts the opposite's text into the copy, which comes last.
     texts: dict[tuple[int, bool], tuple[dict[str, list[int]], int]] = {}
-    for key, entry in regions.entries(guider):
-        text = entry["model_conds"].get("c_crossattn")
+    for name, entry in step_prompts.entries(guider):
+        text, is_positive = entry["model_conds"].get("c_crossattn"), name == "positive"
         if text is None:
             continue
         own = entry.get(words_key, {}), entry["cross_attn"].shape[1]
-        known = texts.setdefault((id(text), key[1]), own)
-        yield key, _Prompt(*known, regions.area_of(entry))
+        known = texts.setdefault((id(text), is_positive), own)
+        yield (entry["uuid"], is_positive), _Prompt(*known, step_prompts.area_of(entry))

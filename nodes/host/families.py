@@ -13,6 +13,15 @@ def name(model: ModelPatcher) -> str:
     return type(model.model.model_config).__name__
 
 
+def base(family: str) -> str:
+    """The family that another one's layers are those of: "Flux" for "FluxInpaint"."""
+    plain = family.split("_")[0]
+    return _bases.get(plain, plain)
+
+
+_bases = {"FluxInpaint": "Flux", "FluxSchnell": "Flux"}
+
+
 def require_flow(model: ModelPatcher) -> None:
     """Refuse models whose prediction is not a rectified-flow velocity.
 

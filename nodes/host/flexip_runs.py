@@ -131,6 +131,7 @@ def train(
             max(50, min(1000, plan.settings.steps // 10)),
             watch,
             accelerator,
+            origin=root.name,
         )
         before = trainer.progress.step
         try:
@@ -145,9 +146,14 @@ def train(
             raise
         if trainer.is_main:
             _save(trainer, plan, path)
-    report = [
+    made = (
         f"{path.stem} trained in {time.perf_counter() - started:.0f} s, steps {before} to "
-        f"{trainer.progress.step}, from {pairs.collection}",
+        f"{trainer.progress.step}, from {pairs.collection}"
+    )
+    if before >= plan.settings.steps:
+        made = f"{path.stem} had made all of its {before} steps before: raise steps to go on"
+    report = [
+        made,
         _ends(trainer.progress.losses),
         f"{path.stat().st_size / 1e6:.1f} MB in {path}" if trainer.is_main else "",
         watch.trouble,

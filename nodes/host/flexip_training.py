@@ -71,6 +71,7 @@ class Trainer(comfy.samplers.Sampler):
             is no number any more, it is left as it was.
         watch: called after every step, and once if there are none to make; may raise to stop.
         accelerator: of `accelerate`; each of its processes learns from other pairs.
+        origin: where pairs come from; a state of another origin is refused.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Trainer(comfy.samplers.Sampler):
         save_every: int = 500,
         watch: Callable[[Trainer], None] | None = None,
         accelerator: Any = None,
+        origin: str = "",
     ):
         self.model, self.pairs, self.settings = model, pairs, settings
         self.state, self.save_every, self.watch = state, save_every, watch
@@ -96,8 +98,15 @@ class Trainer(comfy.samplers.Sampler):
         )
         self.progress = Progress()
         self._is_good = True
+        self._origin = {
+            "model": families.name(model),
+            "mode": settings.mode,
+            "pictures": origin,
+        }
         if state is not None and state.exists():
-            self.progress = flexip_state.restore(state, self.network, self.result, self._optimizer)
+            self.progress = flexip_state.restore(
+                state, self.network, self.result, self._optimizer, self._origin
+            )
             self.averaged.n_averaged.fill_(self.progress.step)
 
     def run(self) -> None:
@@ -160,7 +169,14 @@ class Trainer(comfy.samplers.Sampler):
     def save(self) -> None:
         """Write what a later run needs to go on."""
         if self.state is not None and self.is_main:
-            flexip_state.save(self.state, self.network, self.result, self._optimizer, self.progress)
+            flexip_state.save(
+                self.state,
+                self.network,
+                self.result,
+                self._optimizer,
+                self.progress,
+                self._origin,
+            )
 
     def denoised(
         self, network: FlexIP, pairs: Sequence[Pair], gamma: Tensor, x: Tensor, sigma: Tensor

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
+from . import families
 from .layouts import Block, Layout, Place, Shape, layout_of
 
 wrapper_key = "pinpoint_attention_tap"
@@ -58,6 +60,11 @@ class ModelCall:
     def text_length(self) -> int | None:
         """Tokens of the prompt."""
         return None if self.text is None else self.text.shape[1]
+
+    @cached_property
+    def progress(self) -> float:
+        """How far its noise level lies from the first (0) to the picture (1)."""
+        return families.progress(self.sampling, self.sigma)
 
     @property
     def sources(self) -> frozenset[Any]:

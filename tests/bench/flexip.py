@@ -1,10 +1,13 @@
 """One dial between keeping a subject and following the prompt: FlexIP over gamma.
 
-    python tests/bench/flexip.py --count 60 --seed 1 --json tests/bench/results/flexip.json
+    python tests/portraits/train_flexip.py --single --output single.safetensors
+    python tests/bench/flexip.py --count 60 --seed 1 --single single.safetensors \\
+        --json tests/bench/results/flexip.json
 
 Each held-out person has one reference, a portrait with other attributes than the four prompts ask
-for; all rows generate from the same noises on the same weights. A finished row of a person is kept
-in `--cache`, from which an interrupted run goes on.
+for; all rows generate from the same noises on the same weights. The single adapter is trained as
+FlexIP's, with the same steps. A finished row of a person is kept in `--cache`, from which an
+interrupted run goes on.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from host import stock
@@ -165,8 +167,21 @@ def test_a_training_that_goes_on_is_one_that_never_stopped(make: Make, tmp_path:
 def test_a_state_of_another_adapter_is_refused(make: Make, tmp_path: Path) -> None:
     state = tmp_path / "a.state.safetensors"
     make(steps=1, state=state).run()
-    with pytest.raises(ValueError, match="holds the training of another adapter"):
+    with pytest.raises(ValueError, match="holds a training with model SD3, this one has Flux"):
         make(FAMILIES["Flux"], state=state)
+    with pytest.raises(ValueError, match="with mode literal, this one has linear"):
+        make(state=state, mode="linear")
+    kept = load_file(state)
+    with safe_open(state, framework="pt") as file:
+        metadata = file.metadata()
+    strange = {
+        "of another adapter": {"average.queries": torch.zeros(2)},
+        "does not say how far": {"step": torch.tensor(-5.0)},
+    }
+    for sentence, tensors in strange.items():
+        save_file({**kept, **tensors}, state, metadata)
+        with pytest.raises(ValueError, match=sentence):
+            make(state=state)
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read"):
         make(state=state)
@@ -178,13 +193,14 @@ def test_interruption_keeps_the_state_and_the_next_training_runs(
     import comfy.model_management
     import comfy.utils
 
-    def stop(value: int, *_args: Any, **_kwargs: Any) -> None:
+    def stop(_bar: Any, value: int, *_args: Any) -> None:
         if value == 2:
             comfy.model_management.interrupt_current_processing()
 
     state = tmp_path / "a.state.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", stop)
+        # Its hook is not called for every step of a fast training.
+        patch.setattr(comfy.utils.ProgressBar, "update_absolute", stop)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             make(state=state).run()
     assert not comfy.model_management.in_training
