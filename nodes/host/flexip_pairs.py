@@ -223,8 +223,11 @@ class FolderPairs:
     def _encode_picture(self, picture: Picture) -> None:
         def make() -> _Tensors:
             image, mask, encoders = picture.pixels(), picture.mask(), self.store.encoders
+            # References of variant pairs are other pictures already.
+            is_varied = picture in self.collection.invariant
+            augmentation = self.augmentation if is_varied else AUGMENTATIONS[0]
             try:
-                views = _augmented(image, mask, self.augmentation, random.Random(picture.name))
+                views = _augmented(image, mask, augmentation, random.Random(picture.name))
                 seen = [encoders.seen(*view) for view in views]
                 latent = encoders.latent(image, self.resolution)
             except ValueError as error:

@@ -115,8 +115,6 @@ def train(
     training.require_loadable(encoders.model, "model")
     pairs = _pairs(encoders, root, plan, cache or root / cache_folder, accelerator)
     state = state_of(path)
-    if not resume and (accelerator is None or accelerator.is_main_process):
-        state.unlink(missing_ok=True)
     _wait(accelerator)
     # ComfyUI's nodes run in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
@@ -132,6 +130,7 @@ def train(
             watch,
             accelerator,
             origin=root.name,
+            resume=resume,
         )
         before = trainer.progress.step
         try:

@@ -72,6 +72,7 @@ class Trainer(comfy.samplers.Sampler):
         watch: called after every step, and once if there are none to make; may raise to stop.
         accelerator: of `accelerate`; each of its processes learns from other pairs.
         origin: where pairs come from; a state of another origin is refused.
+        resume: go on from the state; otherwise it stays until there is a new one.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Trainer(comfy.samplers.Sampler):
         watch: Callable[[Trainer], None] | None = None,
         accelerator: Any = None,
         origin: str = "",
+        resume: bool = True,
     ):
         self.model, self.pairs, self.settings = model, pairs, settings
         self.state, self.save_every, self.watch = state, save_every, watch
@@ -103,7 +105,7 @@ class Trainer(comfy.samplers.Sampler):
             "mode": settings.mode,
             "pictures": origin,
         }
-        if state is not None and state.exists():
+        if resume and state is not None and state.exists():
             self.progress = flexip_state.restore(
                 state, self.network, self.result, self._optimizer, self._origin
             )

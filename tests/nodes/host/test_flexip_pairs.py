@@ -364,12 +364,13 @@ def test_an_interrupted_encoding_goes_on(
     import comfy.model_management
     import comfy.utils
 
-    def stop(value: int, *_args: Any, **_kwargs: Any) -> None:
+    def stop(_bar: Any, value: int, *_args: Any) -> None:
         if value == 4:
             comfy.model_management.interrupt_current_processing()
 
     with monkeypatch.context() as patch:
-        patch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", stop)
+        # Its hook is not called for every picture.
+        patch.setattr(comfy.utils.ProgressBar, "update_absolute", stop)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             pairs_of(root)
     calls = count_calls(encoders)
