@@ -42,9 +42,12 @@ def adapter(pack: ModuleType, model: Any, family: Family, **changes: Any) -> Any
     widths = {host.adapters.block_key(block): width for block, width in blocks.items()}
     sizes = kernel.FlexIPSizes(LOW, HIGH, family.text_width, blocks=widths, **SIZES)
     torch.manual_seed(5)
-    network = kernel.FlexIP(sizes).requires_grad_(False)
-    for layer in network.to_v.values():
+    drawn = kernel.FlexIP(sizes).requires_grad_(False)
+    for layer in drawn.to_v.values():
         nn.init.normal_(layer.weight, std=0.3)
+    network = host.adapter_files.filled(
+        lambda operations: kernel.FlexIP(sizes, operations), drawn.state_dict(), "tiny"
+    )
     made = host.adapters.Adapter(
         name="tiny",
         family=host.families.name(model),
