@@ -4,6 +4,7 @@ from . import (
     adapter_training,
     adapters,
     attention,
+    changes,
     composite,
     identity,
     inversion,
@@ -21,6 +22,7 @@ all_nodes = [
     for module in (
         localization,
         composite,
+        changes,
         velocity,
         inversion,
         null_text,

@@ -72,6 +72,20 @@ def scaled_picture(image: Tensor, height: int, width: int) -> Tensor:
     return scaled.movedim(1, -1)
 
 
+def colors(name: str, image: Tensor) -> Tensor:
+    """The colours of an IMAGE as (B, 3, H, W), in [0, 1].
+
+    Raises:
+        ValueError: no pictures, other channels than RGB or RGBA, or values that are not finite.
+    """
+    if image.ndim != 4 or image.shape[-1] not in (3, 4) or not image.numel():
+        shape = "x".join(map(str, image.shape))
+        raise ValueError(f"{name} is {shape}: use RGB or RGBA pictures of at least one pixel")
+    if not image.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite: check where it comes from")
+    return image[..., :3].movedim(-1, 1).float().clamp(0, 1)
+
+
 def require_one_picture_each(image: Tensor | None, latent: Tensor) -> None:
     """Refuse pictures that are neither one nor one for each row of a latent."""
     if image is not None and len(image) not in (1, len(latent)):
