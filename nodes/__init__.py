@@ -11,6 +11,7 @@ from . import (
     ip_adapters,
     learning,
     localization,
+    metrics,
     null_text,
     prompt_to_prompt,
     subjects,
@@ -34,6 +35,7 @@ all_nodes = [
         ip_adapters,
         adapter_training,
         prompt_to_prompt,
+        metrics,
     )
     for node in module.nodes
 ]
