@@ -70,11 +70,8 @@ class Words:
     """
 
     def __init__(self, clip: CLIP, channels: int):
-        towers = {
-            name: getattr(clip.cond_stage_model, name)
-            for name in _towers
-            if hasattr(clip.cond_stage_model, name)
-        }
+        found = {name: getattr(clip.cond_stage_model, name, None) for name in _towers}
+        towers = {name: tower for name, tower in found.items() if tower is not None}
         widths = {name: _projection(tower) for name, tower in towers.items()}
         fitting = [n for n, w in widths.items() if w is not None and w.shape[0] == channels]
         if not fitting:

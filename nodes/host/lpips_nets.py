@@ -71,6 +71,11 @@ def load(net: str) -> Distance:
     return distance
 
 
+_damages = (
+    *(AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError),
+    pickle.UnpicklingError,
+)
+"""What reading a file raises that is not whole, or another one."""
 _slice = re.compile(r"^(?:slice\d+|slices\.\d+)\.")
 
 
@@ -82,15 +87,8 @@ def _fill(backbone: nn.Module, path: Path) -> None:
             name: weights[_slice.sub("features.", name)].float() for name in backbone.state_dict()
         }
         backbone.load_state_dict(found)
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as e:
+    except _damages as error:
         raise ValueError(
             f"lpips needs {path.name}, which is damaged in {path.parent}: download "
             f"{_source}/{path.name} again"
-        ) from e
+        ) from error

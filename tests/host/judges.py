@@ -5,6 +5,7 @@ Needs `inprocess.start`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ def dino() -> tuple[Any, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(4)
         # The scale is that of trained layers, so that tokens differ.
-        reference = Dinov2Model(Dinov2Config(**size, initializer_range=0.2)).eval()
+        reference = Dinov2Model(Dinov2Config(**size, initializer_range=0.1)).eval()
     config = {
         **size,
         "image_mean": [0.485, 0.456, 0.406],
@@ -75,7 +76,14 @@ def dino() -> tuple[Any, Any]:
         "num_channels": 3,
         "use_swiglu_ffn": False,
     }
-    return _encoder(config, dict(reference.state_dict())), reference
+    # Files have the names that transformers gave these before its fifth version.
+    names = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
+    names |= {"o_proj": "output.dense"}
+    weights = {
+        re.sub(r"[qkvo]_proj", lambda match: names[match[0]], name): value
+        for name, value in reference.state_dict().items()
+    }
+    return _encoder(config, weights), reference
 
 
 def _encoder(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:

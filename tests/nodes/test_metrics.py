@@ -286,7 +286,7 @@ def test_structure_and_dino_are_those_of_transformers(
     encoder, reference = judges.dino()
     (found,) = rows_of(measured(*squares, dino=encoder)[6])
     keys: list[Tensor] = []
-    layer = reference.encoder.layer[-1].attention.attention.key
+    layer = reference.encoder.layer[-1].attention.k_proj
     hook = layer.register_forward_hook(lambda _module, _args, out: keys.append(out[0]))
     with torch.no_grad():
         classes = [reference(normalised(p, encoder)).pooler_output[0] for p in squares]
