@@ -259,10 +259,11 @@ def _misfit(source: Tensor, edited: Tensor, state: Tensor) -> float:
 def _starts(source: Tensor, edited: Tensor, motion: str) -> list[Tensor]:
     """No motion, and some zooms with the shift that phase correlation finds for each."""
     states = [torch.tensor(_neutral, dtype=torch.float64)]
+    height, width = edited.shape[2:]
     for zoom in {"none": (), "shift": (0.0,)}.get(motion, (-0.06, -0.03, 0.0, 0.03, 0.06)):
         zoomed = states[0].clone()
         zoomed[0] = zoom
-        grid, _, _ = _grid(zoomed[:5].tolist(), *edited.shape[2:], edited.device)
+        grid, _, _ = _grid(zoomed[:5].tolist(), height, width, edited.device)
         seen = F.grid_sample(edited, grid, padding_mode="border", align_corners=False)
         zoomed[3:5] = math.exp(zoom) * _correlated(source, seen)
         states.append(_limited(zoomed))

@@ -129,7 +129,7 @@ class EditScore(io.ComfyNode):
                 "clip is connected without clip_vision, so words have no pictures to meet: connect "
                 "the vision tower of the same CLIP"
             )
-        network = None if lpips == "none" else lpips_nets.load(lpips)
+        network = lpips_nets.load(lpips) if lpips in lpips_nets.BACKBONES else None
         by = scoring.Judges(network, clip, clip_vision, dino, identity)
         said = scoring.Prompts(source_prompt.strip(), target_prompt.strip())
         rows, panels = [], []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
+from typing import Literal
 
 import comfy.model_management
 import folder_paths
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from ...kernels.scores import Distance
 
 folder = "lpips"
-BACKBONES = {
+Net = Literal["alex", "vgg", "squeeze"]
+BACKBONES: dict[Net, str] = {
     "alex": "alexnet-owt-7be5be79.pth",
     "vgg": "vgg16-397923af.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
@@ -31,7 +33,7 @@ def register_folder() -> None:
     folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
 
 
-def path_to(net: str) -> Path:
+def path_to(net: Net) -> Path:
     """The file of a backbone.
 
     Raises:
@@ -48,7 +50,7 @@ def path_to(net: str) -> Path:
     )
 
 
-def load(net: str) -> Distance:
+def load(net: Net) -> Distance:
     """One of the networks, with its backbone.
 
     Raises:

@@ -26,13 +26,16 @@ undefined = -1.0
 """On a FLOAT wire, of a score that is not defined; no score of ours reaches so low."""
 
 Row = dict[str, Score]
-SCALES = {
-    "mse": (1e4, "x10^4"),
-    "ssim": (1e2, "x10^2"),
+_scales = {
     "psnr": (1.0, "dB"),
+    "ssim": (1e2, "x10^2"),
+    "mse": (1e4, "x10^4"),
     "lpips": (1e3, "x10^3"),
+    "structure distance": (1e3, "x10^3"),
+    "clip whole": (1e2, "x10^2"),
+    "clip inside": (1e2, "x10^2"),
 }
-_other_scales = {"structure": (1e3, "x10^3"), "clip": (1e2, "x10^2")}
+"""By score, or by the last word of its name: what it is multiplied by where it is published."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,7 @@ def on_wire(row: Row, name: str) -> float:
 
 
 def _scale(name: str) -> tuple[float, str]:
-    metric = name.split()[-1]
-    return SCALES.get(metric) or _other_scales.get(name.split()[0], (1.0, ""))
+    return _scales.get(name) or _scales.get(name.split()[-1], (1.0, ""))
 
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> str:
@@ -259,4 +261,6 @@ def chosen(text: str, rows: Sequence[Row]) -> list[str]:
 def line(name: str, value: Score) -> str:
     """A score with its name, scaled as it is published."""
     factor, unit = _scale(name)
-    return f"{name} {shown(value, factor)}" + (f" {unit}" if unit and value is not None else "")
+    if unit == "dB" and value is not None:
+        return f"{name}: {shown(value)} dB"
+    return f"{name} {unit}".rstrip() + f": {shown(value, factor)}"

@@ -25,7 +25,7 @@ def texture(height: int = 96, width: int = 128) -> Tensor:
                       mode="bicubic", align_corners=False)
         for cells in (5, 9, 17)
     ]  # fmt: skip
-    return (sum(layers) / 3).clamp(0, 1)  # type: ignore[union-attr]
+    return torch.stack(layers).mean(0).clamp(0, 1)
 
 
 MOVES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -64,7 +64,7 @@ def drawn_pictures() -> tuple[Tensor, Tensor, Tensor]:
     edit = edits("tests", 0, 9)[-1]
     a, b = (pictures([person]).float() / 255 for person in (edit.source, edit.target))
     region = torch.zeros(1, 128, 128)
-    region[:, 60:, 30:100] = 1
+    region[:, :40, 30:100] = 1
     return a, b, region
 
 
@@ -119,8 +119,6 @@ def test_regions_are_scored_as_pie_bench_does(
     a, b, region = pair()
     mask = 1 - region if inverted else region
     found = scores.pixel_scores(a, b, mask)
-    if pair is drawn_pictures and not found["mse"]:
-        pytest.skip("the edit is in the other region")
     psnr, mse = written_out(a, b, mask)
     assert found["psnr"] == pytest.approx(min(psnr, 100), abs=1e-4)
     assert found["mse"] == pytest.approx(mse, abs=1e-4)
@@ -301,7 +299,7 @@ def test_structure_and_dino_are_those_of_transformers(
     )
     expected = float(F.cosine_similarity(classes[0], classes[1], dim=0))
     assert found["dino-i"] == pytest.approx(expected, abs=1e-4)
-    assert found["structure distance"] > 1e-4, "the pictures differ"
+    assert (found["structure distance"] or 0) > 1e-4, "the pictures differ"
 
 
 def test_a_clip_without_projection_is_refused(
