@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from portraits.dataset import edits, pictures
 
 side, patch, width = 56, 14, 128
 
@@ -93,6 +96,23 @@ def _encoder(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     missing, _ = encoder.load_sd(weights)
     assert not missing
     return encoder
+
+
+def random_pictures(side: int = 64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Two pictures (1, 3, H, W) and a region (1, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.rand(2, 1, 3, side, side + 8, generator=generator)
+    region = F.interpolate(torch.rand(1, 1, 4, 4, generator=generator), a.shape[2:])[:, 0]
+    return a, (0.7 * a + 0.3 * b), (region > 0.5).float()
+
+
+def drawn_pictures() -> tuple[Tensor, Tensor, Tensor]:
+    """A portrait, its true edit, and a region of half of that."""
+    edit = edits("tests", 0, 9)[-1]
+    a, b = (pictures([person]).float() / 255 for person in (edit.source, edit.target))
+    region = torch.zeros(1, 128, 128)
+    region[:, :40, 30:100] = 1
+    return a, b, region
 
 
 def backbone(net: str, folder: Path) -> dict[str, Tensor]:

@@ -1,10 +1,9 @@
-"""Scores against the packages that define them, and against PIE-Bench's evaluator written out."""
+"""Edit Score against the libraries that define its networks, and Compare Edits."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from host import judges, stock
 from host.inprocess import Host
-from portraits.dataset import edits, pictures
 
 DEFAULTS: dict[str, Any] = dict(
     source_prompt="", target_prompt="", lpips="none", regions="as published", names=""
@@ -27,52 +25,8 @@ Scores = dict[str, float | None]
 
 
 @pytest.fixture(scope="module")
-def scores(pack: ModuleType) -> ModuleType:
-    return pack.kernels.scores
-
-
-@pytest.fixture(scope="module")
 def scoring(pack: ModuleType) -> ModuleType:
     return pack.nodes.host.scoring
-
-
-@pytest.fixture
-def lpips_folder(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    host: Host,  # noqa: ARG001
-) -> Path:
-    """An empty folder that is models/lpips, and no cache of torch hub."""
-    import folder_paths
-
-    folder = tmp_path / "lpips"
-    folder.mkdir()
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "lpips", ([str(folder)], set()))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return folder
-
-
-def random_pictures(side: int = 64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Two pictures (1, 3, H, W) and a region (1, H, W)."""
-    generator = torch.Generator().manual_seed(seed)
-    a, b = torch.rand(2, 1, 3, side, side + 8, generator=generator)
-    region = F.interpolate(torch.rand(1, 1, 4, 4, generator=generator), a.shape[2:])[:, 0]
-    return a, (0.7 * a + 0.3 * b), (region > 0.5).float()
-
-
-def drawn_pictures() -> tuple[Tensor, Tensor, Tensor]:
-    edit = edits("tests", 0, 9)[-1]
-    a, b = (pictures([person]).float() / 255 for person in (edit.source, edit.target))
-    region = torch.zeros(1, 128, 128)
-    region[:, :40, 30:100] = 1
-    return a, b, region
-
-
-PAIRS: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {
-    "random": random_pictures,
-    "portraits": drawn_pictures,
-}
-pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
 
 def as_image(picture: Tensor) -> Tensor:
@@ -97,118 +51,19 @@ def rows_of(text: str) -> list[dict[str, float | None]]:
     ]
 
 
-# Pixels
-
-
-def written_out(a: Tensor, b: Tensor, mask: Tensor) -> tuple[float, float]:
-    """PSNR and MSE of PIE-Bench's evaluator: both are multiplied by the mask, means are of all."""
-    one, other = (np.asarray(as_image(p)[0], np.float64) for p in (a, b))
-    painted = np.asarray(mask[0], np.float64)[..., None]
-    error = np.square(one * painted - other * painted).mean()
-    return 10 * np.log10(1 / error), error
-
-
-@pairs
-@pytest.mark.parametrize("inverted", [False, True], ids=["foreground", "background"])
-def test_regions_are_scored_as_pie_bench_does(
-    scores: ModuleType, pair: Callable[[], tuple[Tensor, Tensor, Tensor]], inverted: bool
-) -> None:
-    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-    from torchmetrics.regression import MeanSquaredError
-
-    a, b, region = pair()
-    mask = 1 - region if inverted else region
-    found = scores.pixel_scores(a, b, mask)
-    psnr, mse = written_out(a, b, mask)
-    assert found["psnr"] == pytest.approx(min(psnr, 100), abs=1e-4)
-    assert found["mse"] == pytest.approx(mse, abs=1e-4)
-    x, y = (p * mask[:, None] for p in (a, b))
-    assert found["psnr"] == pytest.approx(float(PeakSignalNoiseRatio(1.0)(x, y)), abs=1e-4)
-    metric = StructuralSimilarityIndexMeasure(data_range=1.0)
-    assert found["ssim"] == pytest.approx(float(metric(x, y)), abs=1e-4)
-    metric = MeanSquaredError()
-    assert found["mse"] == pytest.approx(float(metric(x.contiguous(), y.contiguous())), abs=1e-6)
-
-
-@pairs
-def test_pixels_only_counts_the_regions_own(
-    scores: ModuleType, pair: Callable[[], tuple[Tensor, Tensor, Tensor]]
-) -> None:
-    a, b, region = pair()
-    for mask in (region, 1 - region):
-        found = scores.pixel_scores(a, b, mask, published=False)
-        error = ((a - b).square().mean(1) * mask).sum() / mask.sum()
-        assert found["mse"] == pytest.approx(float(error), abs=1e-6)
-        outside = scores.pixel_scores(a, b.where(mask[:, None] > 0, b + 0.3), mask, published=False)
-        assert outside["psnr"] == found["psnr"]
-    whole = scores.pixel_scores(a, b)
-    for published in (True, False):
-        full = scores.pixel_scores(a, b, torch.ones_like(region), published=published)
-        assert full == pytest.approx(whole, abs=1e-6)
-
-
-def test_the_same_pictures_and_empty_regions(scores: ModuleType) -> None:
-    a, b, region = random_pictures()
-    assert scores.pixel_scores(a, a) == {"psnr": 100, "ssim": 1, "mse": 0}
-    assert set(scores.pixel_scores(a, b, 0 * region).values()) == {None}
-    small = scores.pixel_scores(a[..., :8, :8], b[..., :8, :8])
-    assert small["ssim"] is None
-    assert small["psnr"] is not None
-
-
-def test_the_share_of_a_true_edit(scores: ModuleType) -> None:
-    a, b, _ = drawn_pictures()
-    assert scores.kept_share(a, b, b) == 1
-    assert scores.kept_share(a, a, b) == 0
-    assert scores.kept_share(a, (a + b) / 2, b) == pytest.approx(0.5, abs=1e-5)
-    assert scores.kept_share(a, b, a) is None
-
-
 # LPIPS
 
 
 @pytest.mark.parametrize("net", NETS)
-@pairs
-def test_lpips_is_that_of_its_package(
-    scores: ModuleType,
-    pack: ModuleType,
-    pair: Callable[[], tuple[Tensor, Tensor, Tensor]],
-    net: str,
-    lpips_folder: Path,
-) -> None:
-    """The package's own trained weights, over the same random backbone."""
-    import lpips
-
-    weights = judges.backbone(net, lpips_folder)
-    reference = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
-    pack.nodes.host.lpips_nets._fill(reference.net, next(lpips_folder.iterdir()))
-    assert torch.equal(next(iter(reference.net.parameters())), next(iter(weights.values())))
-    distance = pack.nodes.host.lpips_nets.load(net)
-    a, b, region = pair()
-    with torch.no_grad():
-        mask = region[:, None]
-        expected = [reference(a * 2 - 1, b * 2 - 1), reference(a * mask * 2 - 1, b * mask * 2 - 1)]
-        whole = scores.perceptual_distance(a, b, distance)
-        inside = scores.perceptual_distance(a, b, distance, region)
-        own = scores.perceptual_distance(a, b, distance, torch.ones_like(region), published=False)
-    # The mean of the enlarged map, where the whole picture's score is the mean of each layer.
-    assert own == pytest.approx(whole, rel=0.05)
-    assert whole == pytest.approx(float(expected[0]), abs=1e-4)
-    assert inside == pytest.approx(float(expected[1]), abs=1e-4)
-    assert scores.perceptual_distance(a, a, distance) == 0
-    assert scores.perceptual_distance(a, b, distance, 0 * region) is None
-
-
-@pytest.mark.parametrize("net", NETS)
 def test_a_missing_backbone_is_asked_for(net: str, lpips_folder: Path) -> None:  # noqa: ARG001
-    a, b, _ = random_pictures()
+    a, b, _ = judges.random_pictures()
     link = r"https://download\.pytorch\.org/models/\S+\.pth into models/lpips$"
     with pytest.raises(ValueError, match=rf"^lpips is {net}, whose backbone .*: download {link}"):
         measured(a, b, lpips=net)
 
 
 def test_a_damaged_backbone_is_refused(lpips_folder: Path) -> None:
-    a, b, _ = random_pictures()
+    a, b, _ = judges.random_pictures()
     file = lpips_folder / "alexnet-owt-7be5be79.pth"
     for content in (b"", b"nothing", None):
         torch.save({"features.0.weight": torch.ones(3)}, file) if content is None else (
@@ -229,7 +84,7 @@ def clip(host: Host) -> judges.Clip:  # noqa: ARG001
 @pytest.fixture(scope="module")
 def squares() -> tuple[Tensor, Tensor]:
     """A portrait and its edit at the tiny judges' own size, so that nothing resizes them."""
-    a, b, _ = drawn_pictures()
+    a, b, _ = judges.drawn_pictures()
     small = [F.interpolate(p, (judges.side, judges.side), mode="area") for p in (a, b)]
     return small[0], small[1]
 
@@ -349,7 +204,7 @@ def test_a_direction_needs_a_change(clip: judges.Clip, squares: tuple[Tensor, Te
 @pytest.mark.parametrize("value", [0.0, 1.0], ids=["empty", "full"])
 @pytest.mark.parametrize("regions", ["as published", "pixels only"])
 def test_masks_without_one_region_give_no_nan(value: float, regions: str) -> None:
-    a, b, _ = random_pictures()
+    a, b, _ = judges.random_pictures()
     mask = torch.full((1, 8, 8), value)
     *floats, table, text, _ = measured(a, b, mask=mask, regions=regions)
     missing = "foreground" if value == 0 else "background"
@@ -363,7 +218,7 @@ def test_masks_without_one_region_give_no_nan(value: float, regions: str) -> Non
 
 @pytest.mark.usefixtures("host")
 def test_a_batch_is_single_edits_and_their_mean(scoring: ModuleType) -> None:
-    a, _, region = random_pictures()
+    a, _, region = judges.random_pictures()
     edited = torch.cat([(a * part).clamp(0, 1) for part in (0.9, 1.2, 0.5)])
     psnr, *_, table, text, picture = measured(a, edited, mask=region, names="low, high, half")
     rows = rows_of(text)
@@ -381,7 +236,7 @@ def test_a_batch_is_single_edits_and_their_mean(scoring: ModuleType) -> None:
 def test_the_true_edit_is_compared(
     tmp_path: Path,  # noqa: ARG001
 ) -> None:
-    a, b, _ = drawn_pictures()
+    a, b, _ = judges.drawn_pictures()
     (row,) = rows_of(measured(a, (a + b) / 2, target=as_image(b))[6])
     assert row["edit kept"] == pytest.approx(0.5, abs=1e-4)
     assert row["true edit psnr"] == pytest.approx(row["whole psnr"], abs=1e-3)
@@ -405,7 +260,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_cannot_be_scored_is_refused_in_a_sentence(
     inputs: dict[str, Any], message: str
 ) -> None:
-    a, b, _ = random_pictures()
+    a, b, _ = judges.random_pictures()
     with pytest.raises(ValueError, match=message):
         measured(a.expand(3, -1, -1, -1), b, **inputs)
 
@@ -422,7 +277,7 @@ def compared(source: Tensor, edited: Tensor, **inputs: Any) -> Tensor:
 
 @pytest.mark.usefixtures("host")
 def test_the_sheet_shows_every_picture() -> None:
-    a, b, _ = drawn_pictures()
+    a, b, _ = judges.drawn_pictures()
     sheet = compared(a, torch.cat([b, a * 0.5]), columns=2)
     rounded = (sheet * 255).round()
     for picture in (a, b, a * 0.5):
@@ -439,7 +294,7 @@ def test_the_sheet_shows_every_picture() -> None:
 
 @pytest.mark.usefixtures("host")
 def test_scores_come_from_edit_score_or_are_measured() -> None:
-    a, b, region = random_pictures()
+    a, b, region = judges.random_pictures()
     text = measured(a, b, mask=region)[6]
     measured_here = compared(a, b, mask=region)
     assert torch.equal(compared(a, b, scores=text), measured_here)
