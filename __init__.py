@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .nodes import all_nodes
-from .nodes.host import adapter_files, identity_files
+from .nodes.host import adapter_files, identity_files, lpips_nets
 
 WEB_DIRECTORY = "./web"
 
@@ -17,6 +17,7 @@ class PinpointExtension(ComfyExtension):
         """Make the pack's model folders known."""
         identity_files.register_folder()
         adapter_files.register_folder()
+        lpips_nets.register_folder()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

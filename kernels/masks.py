@@ -87,15 +87,20 @@ def without_specks(heat: Tensor, threshold: float, smallest: int) -> Tensor:
     hot = heat >= threshold
     if smallest <= 1 or not hot.any():
         return heat
-    # Each patch takes the highest number of its cells, which spreads until nothing changes.
+    # Each patch comes to one of its cells' numbers (Shiloach and Vishkin, 1982): a cell, and the
+    # cell of its number, take the highest number beside them, then what the cell of that one has.
     numbers = torch.arange(1, heat[0].numel() + 1, device=heat.device, dtype=torch.float64)
-    labels = numbers.view(1, *heat.shape[1:]) * hot
+    labels = (numbers.view(1, *heat.shape[1:]) * hot).flatten(1)
     while True:
-        spread = F.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * hot
-        if torch.equal(spread, labels):
+        spread = F.max_pool2d(labels.view_as(heat)[:, None], 3, stride=1, padding=1)[:, 0] * hot
+        highest = spread.flatten(1)
+        if torch.equal(highest, labels):
             break
-        labels = spread
-    labels = labels.long().flatten(1)
+        told = labels.scatter_reduce(1, (labels.long() - 1).clamp(min=0), highest, "amax")
+        labels = torch.maximum(told, highest)
+        labels = torch.maximum(labels, labels.gather(1, (labels.long() - 1).clamp(min=0)))
+        labels *= hot.flatten(1)
+    labels = labels.long()
     sizes = torch.zeros(len(heat), heat[0].numel() + 1, dtype=torch.long, device=heat.device)
     sizes.scatter_add_(1, labels, torch.ones_like(labels))
     small = hot & (sizes.gather(1, labels) < smallest).view_as(heat)

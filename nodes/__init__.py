@@ -4,12 +4,14 @@ from . import (
     adapter_training,
     adapters,
     attention,
+    changes,
     composite,
     identity,
     inversion,
     ip_adapters,
     learning,
     localization,
+    metrics,
     null_text,
     prompt_to_prompt,
     subjects,
@@ -21,6 +23,7 @@ all_nodes = [
     for module in (
         localization,
         composite,
+        changes,
         velocity,
         inversion,
         null_text,
@@ -32,6 +35,7 @@ all_nodes = [
         ip_adapters,
         adapter_training,
         prompt_to_prompt,
+        metrics,
     )
     for node in module.nodes
 ]

@@ -91,3 +91,20 @@ def demo(host: Host) -> Demo:  # noqa: ARG001
     from portraits import checkpoint
 
     return stock.Demo(*stock.call("CheckpointLoaderSimple", ckpt_name=checkpoint.name))
+
+
+@pytest.fixture
+def lpips_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    host: Host,  # noqa: ARG001
+) -> Path:
+    """An empty folder that is models/lpips, and no cache of torch hub."""
+    import folder_paths
+    import torch
+
+    folder = tmp_path / "lpips"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "lpips", ([str(folder)], set()))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return folder

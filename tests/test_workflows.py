@@ -25,7 +25,8 @@ RECONSTRUCTION = "inversion_reconstruction"
 SEVERAL_EDITS = "identity_edits"
 TWO_PEOPLE = "two_people"
 DIAL, TWO_SUBJECTS, TRAINING = "flexip_gamma", "flexip_two_subjects", "train_flexip"
-OTHERS = (RECONSTRUCTION, SEVERAL_EDITS, TWO_PEOPLE, DIAL, TWO_SUBJECTS, TRAINING)
+REPAIR, SCORES = "repair_edit", "edit_scores"
+OTHERS = (RECONSTRUCTION, SEVERAL_EDITS, TWO_PEOPLE, DIAL, TWO_SUBJECTS, TRAINING, SCORES)
 EDITS = [name for name in DEMOS if name not in OTHERS]
 """Those that make one edit of the demo portrait."""
 TEXTS = ("CLIPTextEncode", "PrimitiveStringMultiline")
@@ -72,6 +73,7 @@ def test_there_are_the_promised_ones() -> None:
         *("attention_mask_focusflow_sd3", RECONSTRUCTION, "prompt_to_prompt"),
         *("learn_identity", SEVERAL_EDITS, "makeup_transfer", TWO_PEOPLE),
         *(DIAL, "flexip_edit", TWO_SUBJECTS, TRAINING),
+        *(REPAIR, SCORES),
         *REAL_WEIGHTS,
     } == set(NAMES)
 
@@ -312,6 +314,29 @@ def test_an_adapter_is_trained_and_used(
     assert saved.keys() == {"subject", "picture"}
     assert saved["picture"].shape == portrait.shape
     assert saved["picture"].std() > 5
+
+
+def test_an_editors_picture_is_repaired(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    saved = pictures(REPAIR)
+    moved, repaired = (
+        np.abs(saved[name].astype(int) - portrait).max(2) for name in ("editors_picture", "edit")
+    )
+    assert (moved > 12).mean() > 0.2, "the editor's picture is off nearly everywhere"
+    assert (repaired == 0).mean() > 0.6
+    hat = slice(len(portrait) * 2 // 5)
+    assert (repaired[hat] > 60).mean() > 0.1
+
+
+def test_edits_are_scored_side_by_side(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    saved = pictures(SCORES)
+    assert np.array_equal(saved["source"], portrait)
+    height, width, _ = saved["comparison"].shape
+    assert width > 2 * len(portrait)
+    assert height > 2 * (len(portrait) + 4 * 12), "two rows with four lines of scores"
 
 
 @pytest.mark.parametrize("name", ["focusflow", "flux_sculptor"])

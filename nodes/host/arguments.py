@@ -72,6 +72,20 @@ def scaled_picture(image: Tensor, height: int, width: int) -> Tensor:
     return scaled.movedim(1, -1)
 
 
+def colors(name: str, image: Tensor) -> Tensor:
+    """The colours of an IMAGE as (B, 3, H, W), in [0, 1].
+
+    Raises:
+        ValueError: no pictures, other channels than RGB or RGBA, or values that are not finite.
+    """
+    if image.ndim != 4 or image.shape[-1] not in (3, 4) or not image.numel():
+        shape = "x".join(map(str, image.shape))
+        raise ValueError(f"{name} is {shape}: use RGB or RGBA pictures of at least one pixel")
+    if not image.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite: check where it comes from")
+    return image[..., :3].movedim(-1, 1).float().clamp(0, 1)
+
+
 def require_one_picture_each(image: Tensor | None, latent: Tensor) -> None:
     """Refuse pictures that are neither one nor one for each row of a latent."""
     if image is not None and len(image) not in (1, len(latent)):
@@ -148,3 +162,41 @@ def mask_on_latent(mask: Tensor, latent: Tensor) -> Tensor:
     require_finite_mask(mask)
     fitted = masks.resized(mask.float(), *latent.shape[-2:]).clamp(0, 1).to(latent)
     return fitted.view(len(fitted), *[1] * (latent.ndim - 3), *fitted.shape[-2:])
+
+
+def compared(mask: Tensor | None = None, **images: Tensor | None) -> dict[str, Tensor]:
+    """Pictures that are to be compared as (B, 3, H, W), a mask as (B, H, W) at their size.
+
+    What is not connected is left out.
+
+    Raises:
+        ValueError: another size than the source's, and what `colors` and `same_batch` refuse.
+    """
+    found = {name: colors(name, image) for name, image in images.items() if image is not None}
+    height, width = found["source"].shape[2:]
+    for name, picture in found.items():
+        if picture.shape[2:] != (height, width):
+            raise ValueError(
+                f"{name} is {picture.shape[3]}x{picture.shape[2]}, source {width}x{height}: scale "
+                "one of them (Upscale Image), or align it with Change Mask"
+            )
+    if mask is not None:
+        require_finite_mask(mask)
+        flat = mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1)
+        found["mask"] = masks.resized(flat, height, width).to(found["source"])
+    return dict(zip(found, same_batch(**found), strict=True))
+
+
+def names_for(text: str, count: int) -> list[str]:
+    """Names separated by commas, or "edit 1" and so on.
+
+    Raises:
+        ValueError: another number of names than of pictures.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names and len(names) != count:
+        raise ValueError(
+            f"names has {len(names)} names for {count} edits: write one for each, separated by "
+            "commas, or none"
+        )
+    return names or [f"edit {number}" for number in range(1, count + 1)]
