@@ -77,3 +77,35 @@ def settings(pack: ModuleType, gamma: float = 0.6, **given: Any) -> Any:
     host = pack.nodes.host
     given = {"weight": 1.0, "gate": host.gates.constant(gamma), "mode": "literal", **given}
     return host.adapting.Settings(**given)
+
+
+class Case:
+    """A tiny model with an adapter and a subject."""
+
+    def __init__(self, pack: ModuleType, model: Any, family: Family, references: int = 1):
+        self.pack, self.model, self.family = pack, model, family
+        self.adapter = adapter(pack, model, family)
+        self.subject = subject(pack, references)
+
+    def applied(self, model: Any = None, subject: Any = None, **given: Any) -> Any:
+        """The model, or another of its kind, with the adapter; the rest are `settings`."""
+        chosen = settings(self.pack, **given)
+        return self.pack.nodes.host.adapting.applied(
+            model or self.model, self.adapter, subject or self.subject, chosen
+        )
+
+    def without_subject(self) -> Any:
+        """The subject as negative prompts have it."""
+        return replace(
+            self.subject,
+            low=torch.zeros_like(self.subject.low),
+            high=torch.zeros_like(self.subject.high),
+        )
+
+    def gate(self, *groups: tuple[str, float]) -> Any:
+        """A gate of constant gammas for groups of blocks."""
+        gates = self.pack.nodes.host.gates
+        made = gates.Gate()
+        for blocks, gamma in groups:
+            made = made.extended(blocks, gates.Schedule("constant", gamma))
+        return made

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from host import foreign, stock, subjects
-from host.edits import Edit, left_half, patcher_state
-from host.null_texts import NullText
+from host.edits import left_half, patcher_state
+from host.subjects import Case
 from host.tapping import FAMILIES, Family
 
 TinyModel = Callable[[str], Any]
@@ -26,36 +26,6 @@ few = pytest.mark.parametrize(
     "family", [FAMILIES[n] for n in ("SD3", "Flux", "SD1.5", "SDXL")], ids=lambda f: f.model
 )
 modes = pytest.mark.parametrize("mode", ["literal", "linear"])
-
-
-class Case:
-    """A tiny model with an adapter and a subject."""
-
-    def __init__(self, pack: ModuleType, model: Any, family: Family, references: int = 1):
-        self.pack, self.model, self.family = pack, model, family
-        self.adapter = subjects.adapter(pack, model, family)
-        self.subject = subjects.subject(pack, references)
-
-    def applied(self, model: Any = None, subject: Any = None, **settings: Any) -> Any:
-        given = subjects.settings(self.pack, **settings)
-        return self.pack.nodes.host.adapting.applied(
-            model or self.model, self.adapter, subject or self.subject, given
-        )
-
-    def without_subject(self) -> Any:
-        """The subject as negative prompts have it."""
-        return replace(
-            self.subject,
-            low=torch.zeros_like(self.subject.low),
-            high=torch.zeros_like(self.subject.high),
-        )
-
-    def gate(self, *groups: tuple[str, float]) -> Any:
-        gates = self.pack.nodes.host.gates
-        made = gates.Gate()
-        for blocks, gamma in groups:
-            made = made.extended(blocks, gates.Schedule("constant", gamma))
-        return made
 
 
 @pytest.fixture
@@ -182,19 +152,6 @@ def test_a_batch_is_as_its_rows(case: Callable[..., Case], family: Family) -> No
 
 
 @few
-def test_prompts_of_a_batch_are_read_each(case: Callable[..., Case], family: Family) -> None:
-    made = case(family)
-    ((first, entries),), ((second, _),) = family.prompt(1), family.prompt(2)
-    pooled = {k: v.repeat(2, 1) for k, v in entries.items() if k == "pooled_output"}
-    together = [[torch.cat([first, second]), {**entries, **pooled}]]
-    x, model = family.latent(1).repeat(2, *[1] * (family.latent().ndim - 1)), made.applied()
-    both = stock.velocity(model, together, None, 1.0, x, 0.6)
-    for row, prompt in enumerate((family.prompt(1), family.prompt(2))):
-        one = stock.velocity(model, prompt, None, 1.0, x[:1], 0.6)
-        torch.testing.assert_close(both[row : row + 1], one, rtol=1e-3, atol=1e-3)
-
-
-@few
 @pytest.mark.parametrize(("start", "end", "acts"), [(0, 1, True), (0.9, 1, False), (0, 0.1, False)])
 def test_it_acts_between_start_and_end(
     case: Callable[..., Case], family: Family, start: float, end: float, acts: bool
@@ -291,105 +248,6 @@ def test_what_blocks_see_is_made_once_a_run_and_freed(
     assert all(tensor() is None for tensor in made_tokens)
 
 
-def test_a_prompt_that_changes_in_a_run_is_read_again(case: Callable[..., Case]) -> None:
-    """As the Null-Text Guider changes it, under the same uuid."""
-    import comfy.samplers
-    from comfy.patcher_extension import WrappersMP
-
-    family, factor = FAMILIES["SD1.5"], [1.0]
-    made = case(family)
-
-    def scale(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return executor(*args[:3], args[3] * factor[0], *args[4:], **kwargs)
-
-    changing = made.model.clone()
-    changing.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", scale)
-    guider = comfy.samplers.CFGGuider(made.applied(changing))
-    guider.inner_set_conds({"positive": family.prompt(1)})
-    x = family.latent()
-
-    def look(guider: Any, extra_args: dict[str, Any]) -> list[Tensor]:
-        found = []
-        for factor[0] in (1.0, 0.5):
-            found.append(guider(x, x.new_full((len(x),), 0.6), **extra_args))
-        return found
-
-    first, second = stock.inside(guider, x, look)
-    again, _ = stock.inside(guider, x, look)
-    assert torch.equal(first, again)
-    factor[0] = 0.5
-    alone = stock.velocity(made.applied(changing), family.prompt(1), None, 1.0, x, 0.6)
-    torch.testing.assert_close((x - second) / 0.6, alone)
-
-
-@pytest.mark.parametrize("family", [FAMILIES["SD1.5"], FAMILIES["SDXL"]], ids=lambda f: f.model)
-@modes
-def test_a_prompt_counts_alike_beside_a_longer_one(
-    case: Callable[..., Case], family: Family, mode: str
-) -> None:
-    """ComfyUI repeats the shorter one, if both fit into one call."""
-    made = case(family)
-    absent = made.without_subject()
-    model = made.applied(subject=absent, mode=mode)
-    short, long, x = family.prompt(1), family.prompt(2, tokens=24), family.latent()
-    positive, negative = (
-        stock.velocity(model, prompt, None, 1.0, x, 0.6) for prompt in (short, long)
-    )
-    both = stock.velocity(model, short, long, 2.0, x, 0.6)
-    torch.testing.assert_close(both, 2 * positive - negative, rtol=1e-3, atol=1e-3)
-
-
-@few
-def test_guiders_of_three_prompts_show_the_subject_to_two(
-    case: Callable[..., Case], family: Family
-) -> None:
-    made, x = case(family), family.latent()
-    model = made.applied()
-    prompts = [family.prompt(seed) for seed in (1, 2, 3)]
-    one, two = (stock.velocity(model, prompt, None, 1.0, x, 0.6) for prompt in prompts[:2])
-    unseen = made.applied(subject=made.without_subject())
-    three = stock.velocity(unseen, prompts[2], None, 1.0, x, 0.6)
-    (guider,) = stock.call(
-        "DualCFGGuider",
-        model=model,
-        **dict(zip(("cond1", "cond2", "negative"), prompts, strict=True)),
-        **dict(cfg_conds=1.5, cfg_cond2_negative=3.0, style="regular"),
-    )
-
-    def look(guider: Any, extra_args: dict[str, Any]) -> Tensor:
-        return (x - guider(x, x.new_full((len(x),), 0.6), **extra_args)) / 0.6
-
-    expected = three + 3.0 * (two - three) + 1.5 * (one - two)
-    torch.testing.assert_close(stock.inside(guider, x, look), expected, rtol=1e-3, atol=2e-3)
-
-
-@few
-def test_areas_have_their_part_of_the_mask(case: Callable[..., Case], family: Family) -> None:
-    made, x = case(family), family.latent()
-    mask = torch.zeros(1, *x.shape[-2:])
-    mask[..., 4:] = 1
-    rows, columns = x.shape[-2], 4
-    left = stock.with_values(family.prompt(1), area=(rows, columns, 0, 0), strength=1.0)
-    right = stock.with_values(family.prompt(2), area=(rows, columns, 0, 4), strength=1.0)
-    found, plain = (
-        stock.velocity(model, left + right, None, 1.0, x, 0.6)
-        for model in (made.applied(mask=mask), made.model)
-    )
-    assert torch.equal(found[..., :4], plain[..., :4])
-    assert not torch.equal(found[..., 4:8], plain[..., 4:8])
-
-
-def test_replaced_cross_attention_is_told(
-    case: Callable[..., Case], caplog: pytest.LogCaptureFixture
-) -> None:
-    family = FAMILIES["SD1.5"]
-    made = case(family)
-    model = made.applied().clone()
-    model.set_model_attn2_replace(lambda q, _k, _v, _extra: q, "input", 1)
-    family.velocity(model)
-    assert "replaces the cross-attention of 1 blocks" in caplog.text
-
-
 @families
 @pytest.mark.parametrize("kind", ["mask", "window"])
 def test_where_it_does_not_act_nothing_moves(
@@ -401,26 +259,6 @@ def test_where_it_does_not_act_nothing_moves(
         "window": dict(start=0.98),
     }[kind]
     assert torch.equal(family.velocity(made.applied(**settings)), family.velocity(made.model))
-
-
-def test_null_text_inversion_works_with_it(case: Callable[..., Case]) -> None:
-    """It changes the empty prompt in every step, and takes gradients through the model."""
-    made = case(FAMILIES["SDXL"])
-    job = NullText(made.applied(), stock.conditioning(1), stock.conditioning(3))
-    plain = replace(job, model=made.model)
-    noise, _, trajectory, _ = job.run()
-    back = job.back(noise, job.replaying(trajectory))
-    assert back.isfinite().all()
-    assert not torch.equal(plain.back(noise, plain.replaying(trajectory)), back)
-
-
-def test_an_edit_of_equal_prompts_moves_nothing(case: Callable[..., Case]) -> None:
-    family = FAMILIES["SD3"]
-    made = case(family)
-    edit = Edit(made.applied(), family.latent()).having(target=family.prompt(1))
-    edit = edit.having(source=family.prompt(1), source_guidance=4.0)
-    made_of, _ = stock.call("SamplerCustomAdvanced", **edit.parts())
-    assert torch.equal(made_of["samples"], family.latent())
 
 
 @pytest.mark.parametrize(
