@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .nodes import all_nodes
-from .nodes.host import adapter_files, identity_files, lpips_nets
+from .nodes.host import adapter_files, identity_files, lpips_nets, tensor_files
 
 WEB_DIRECTORY = "./web"
 
@@ -15,9 +15,8 @@ class PinpointExtension(ComfyExtension):
     @override
     async def on_load(self) -> None:
         """Make the pack's model folders known."""
-        identity_files.register_folder()
-        adapter_files.register_folder()
-        lpips_nets.register_folder()
+        for module in (identity_files, adapter_files, lpips_nets):
+            tensor_files.register_folder(module.folder)
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

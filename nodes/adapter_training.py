@@ -16,9 +16,9 @@ from .host import (
     curves,
     flexip_folders,
     flexip_runs,
-    identity_files,
     lessons,
     progress,
+    tensor_files,
     widgets,
 )
 from .host.flexip_pairs import AUGMENTATIONS, Encoders
@@ -138,8 +138,8 @@ def place_of(file_name: str) -> Path:
     Raises:
         ValueError: a name that leads out of models/flexip.
     """
-    name = file_name.strip().removesuffix(adapter_files.suffix)
-    return identity_files.place_of(adapter_files.folder, name)
+    name = file_name.strip().removesuffix(tensor_files.suffix)
+    return tensor_files.place_of(adapter_files.folder, name)
 
 
 def plan_of(values: dict[str, Any]) -> Plan:

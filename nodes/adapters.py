@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..kernels.flexip import Mode
 from ..kernels.gates import SHAPES
-from .host import adapter_files, adapting, arguments, gates, progress, widgets
+from .host import adapter_files, adapting, arguments, gates, progress, tensor_files, widgets
 from .host.adapters import Adapter
 from .host.gates import Gate
 from .host.subjects import Subject
@@ -50,7 +50,7 @@ class LoadFlexIP(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file_name: str) -> str:
         """Another file by the same name is another adapter."""
-        return adapter_files.fingerprint(adapter_files.folder, file_name)
+        return tensor_files.fingerprint(tensor_files.path_of(adapter_files.folder, file_name))
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .host import applying, arguments, identity_files, progress, widgets
+from .host import applying, arguments, identity_files, progress, tensor_files, widgets
 from .host.identity import Identity
 
 
@@ -156,8 +156,7 @@ class LoadIdentity(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file_name: str) -> str:
         """Another file by the same name is another identity."""
-        state = identity_files.path_of(file_name).stat()
-        return f"{state.st_mtime_ns} {state.st_size}"
+        return tensor_files.fingerprint(identity_files.path_of(file_name))
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .host import adapter_files, arguments, ip_adapter_files, progress, widgets
+from .host import arguments, ip_adapter_files, progress, tensor_files, widgets
 
 
 class IPAdapterBranches(io.ComfyNode):
@@ -53,7 +53,10 @@ class IPAdapterBranches(io.ComfyNode):
     def fingerprint_inputs(cls, preservation: str, personalization: str) -> str:
         """Other files by the same names are another adapter."""
         files = preservation, personalization
-        return " ".join(adapter_files.fingerprint(ip_adapter_files.folder, name) for name in files)
+        return " ".join(
+            tensor_files.fingerprint(tensor_files.path_of(ip_adapter_files.folder, name))
+            for name in files
+        )
 
     @classmethod
     def execute(cls, preservation: str, personalization: str) -> io.NodeOutput:

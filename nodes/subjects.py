@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .host import arguments, image_encoders, subjects, widgets
+from .host import arguments, image_encoders, subjects, tensor_files, widgets
 
 
 class LoadImageEncoder(io.ComfyNode):
@@ -48,8 +48,7 @@ class LoadImageEncoder(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file_name: str, activation: str) -> str:
         """Another file by the same name is another encoder."""
-        state = image_encoders.path_to(file_name).stat()
-        return f"{state.st_mtime_ns} {state.st_size} {activation}"
+        return f"{tensor_files.fingerprint(image_encoders.path_to(file_name))} {activation}"
 
     @classmethod
     def execute(cls, file_name: str, activation: str) -> io.NodeOutput:

@@ -12,13 +12,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
-import comfy.ops
-import folder_paths
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels.flexip import FlexIP, FlexIPSizes, Mode
+from . import tensor_files
 from .adapters import (
     Adapter,
     FlexIPPersonalization,
@@ -29,69 +27,15 @@ from .adapters import (
 from .layouts import Block
 
 folder = "flexip"
-suffix, state_suffix = ".safetensors", ".state.safetensors"
-"""Of adapters, and of what their training goes on from."""
+state_suffix = f".state{tensor_files.suffix}"
+"""Of what the training of an adapter goes on from."""
 _format, _version = "pinpoint_flexip", 1
 _largest_size, _deepest = 2**16, 64
 
 
-def register_folder() -> None:
-    """Make models/flexip known to ComfyUI."""
-    folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
-
-
 def names() -> list[str]:
     """The adapters in models/flexip, with their folders."""
-    return [
-        name
-        for name in folder_paths.get_filename_list(folder)
-        if name.endswith(suffix) and not name.endswith(state_suffix)
-    ]
-
-
-def path_of(kind: str, file_name: str) -> Path:
-    """A file in one of ComfyUI's folders of a kind.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    path = folder_paths.get_full_path(kind, file_name)
-    if path is None:
-        raise ValueError(
-            f"file_name is {file_name}, which is not in models/{kind}: choose another, or put it "
-            "there"
-        )
-    return Path(path)
-
-
-def fingerprint(kind: str, file_name: str) -> str:
-    """Differs for another file by the same name."""
-    state = path_of(kind, file_name).stat()
-    return f"{state.st_mtime_ns} {state.st_size}"
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
-
-    Raises:
-        ValueError: it is damaged, no safetensors file, or holds values that are not finite.
-    """
-    try:
-        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"file {path.name} cannot be read ({error}): it is damaged or no safetensors file; "
-            "download or save it again"
-        ) from error
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            raise ValueError(
-                f"file {path.name} is damaged: {key} holds values that are not finite numbers; "
-                "download or save it again"
-            )
-    return tensors, metadata
+    return [name for name in tensor_files.names(folder) if not name.endswith(state_suffix)]
 
 
 def load(file_name: str) -> Adapter:
@@ -103,12 +47,12 @@ def load(file_name: str) -> Adapter:
     Raises:
         ValueError: the file is not there, not whole, no adapter, or one of a newer Pinpoint.
     """
-    return load_file(path_of(folder, file_name))
+    return load_file(tensor_files.path_of(folder, file_name))
 
 
 def load_file(path: Path) -> Adapter:
     """Read an adapter from anywhere; see `load`."""
-    tensors, metadata = read(path)
+    tensors, metadata = tensor_files.read(path)
     file_name = path.name
     if metadata.get("format") != _format:
         raise ValueError(
@@ -127,10 +71,10 @@ def load_file(path: Path) -> Adapter:
             "again"
         )
     sizes, blocks = _sizes(metadata, file_name)
-    network = filled(lambda operations: FlexIP(sizes, operations), tensors, file_name)
+    network = tensor_files.filled(lambda operations: FlexIP(sizes, operations), tensors, file_name)
     mode = _mode(metadata, file_name)
     return Adapter(
-        name=file_name.removesuffix(suffix),
+        name=file_name.removesuffix(tensor_files.suffix),
         family=family,
         patcher=patcher(network),
         preservation=FlexIPPreservation(network),
@@ -140,30 +84,6 @@ def load_file(path: Path) -> Adapter:
         mode=mode,
         about=_about(metadata, sizes, mode),
     )
-
-
-def filled(build: Any, tensors: Mapping[str, Tensor], file_name: str) -> Any:
-    """A network with a file's weights, of ComfyUI's layers, which cast them as they compute.
-
-    Args:
-        build: makes it of given layers.
-
-    Raises:
-        ValueError: tensors that are missing, too many, or of other sizes.
-    """
-    with torch.device("meta"):
-        expected = {key: t.shape for key, t in build(nn).state_dict().items()}
-    found = {key: t.shape for key, t in tensors.items()}
-    wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-    if wrong:
-        raise ValueError(
-            f"file {file_name} is not whole: {len(wrong)} of its tensors are missing, too many or "
-            f"of another size, the first is {wrong[0]}; download or save it again"
-        )
-    with torch.device("meta"):
-        network = build(comfy.ops.manual_cast)
-    network.load_state_dict(dict(tensors), assign=True)
-    return network.requires_grad_(False).eval()
 
 
 def content(

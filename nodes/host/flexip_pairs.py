@@ -17,7 +17,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...kernels import crops
-from . import adapter_files, arguments, identity_files, subjects
+from . import arguments, subjects, tensor_files
 from .flexip_folders import Collection, Picture
 from .flexip_settings import Pair, Text
 from .progress import show
@@ -93,7 +93,7 @@ class Store:
         """Make a file if it is not there."""
         path = self._path(name)
         if not path.exists():
-            identity_files.write(path, _compact(make()), {})
+            tensor_files.write(path, _compact(make()), {})
 
     def read(self, name: str) -> _Tensors:
         """A file's tensors.
@@ -103,7 +103,7 @@ class Store:
         """
         path = self._path(name)
         try:
-            return adapter_files.read(path)[0]
+            return tensor_files.read(path)[0]
         except ValueError as error:
             raise ValueError(
                 f"{error}: delete {path.parent}, and its pictures are encoded again"
@@ -259,12 +259,12 @@ def _folder_for(cache: Path, answers: _Tensors) -> Path:
     name = "encoders.safetensors"
     known = sorted(cache.glob(f"*/{name}"))
     for file in known:
-        said, _ = adapter_files.read(file)
+        said, _ = tensor_files.read(file)
         if said.keys() == answers.keys() and all(_alike(answers[key], said[key]) for key in said):
             return file.parent
     numbers = [int(file.parent.name) for file in known if file.parent.name.isdecimal()]
     folder = cache / str(max(numbers, default=0) + 1)
-    identity_files.write(folder / name, answers, {})
+    tensor_files.write(folder / name, answers, {})
     return folder
 
 

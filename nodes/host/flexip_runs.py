@@ -17,8 +17,8 @@ from . import (
     families,
     flexip_folders,
     flexip_samples,
-    identity_files,
     layouts,
+    tensor_files,
     training,
 )
 from .flexip_pairs import Encoders, FolderPairs, Store
@@ -81,7 +81,7 @@ class Outcome:
 
 def state_of(path: Path) -> Path:
     """What the training of an adapter goes on from."""
-    name = path.name.removesuffix(adapter_files.suffix)
+    name = path.name.removesuffix(tensor_files.suffix)
     return path.with_name(f"{name}{adapter_files.state_suffix}")
 
 
@@ -221,7 +221,7 @@ def _save(trainer: Trainer, plan: Plan, path: Path) -> None:
     content = adapter_files.content(
         trainer.result, layouts.blocks_of(model), families.name(model), settings.mode, recipe
     )
-    identity_files.write(path, *content)
+    tensor_files.write(path, *content)
 
 
 def _ends(losses: list[float]) -> str:

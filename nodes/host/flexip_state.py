@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapter_files, identity_files
+from . import tensor_files
 from .flexip_settings import Progress
 
 _moments = ("exp_avg", "exp_avg_sq")
@@ -31,7 +31,7 @@ def save(
     Raises:
         ValueError: it cannot be written.
     """
-    # Every tensor of these files is of floating point, see `adapter_files.read`.
+    # Every tensor of these files is of floating point, see `tensor_files.read`.
     tensors = {
         "step": torch.tensor(float(progress.step), dtype=torch.float64),
         "losses": torch.tensor(progress.losses, dtype=torch.float64),
@@ -43,7 +43,7 @@ def save(
         tensors[f"average.{name}"] = averages[name].detach()
         for key in _moments:
             tensors[f"{key}.{name}"] = moments.get(key, torch.zeros_like(parameter))
-    identity_files.write(path, tensors, dict(origin))
+    tensor_files.write(path, tensors, dict(origin))
 
 
 def restore(
@@ -58,7 +58,7 @@ def restore(
     Raises:
         ValueError: the file is damaged, or of another training.
     """
-    tensors, metadata = adapter_files.read(path)
+    tensors, metadata = tensor_files.read(path)
     for name, value in origin.items():
         if metadata.get(name) != value:
             raise ValueError(

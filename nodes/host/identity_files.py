@@ -7,36 +7,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import folder_paths
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from . import tensor_files
 from .identity import Identity, require_name
 
 folder = "identities"
 """Below models."""
-suffix = ".safetensors"
 _format, _version = "pinpoint_identity", 1
 _parts = ("lora_up.weight", "lora_down.weight", "alpha")
 _lora_key = re.compile(rf"(diffusion_model\.[\w.]+)\.({'|'.join(map(re.escape, _parts))})")
-_file_name = re.compile(r"[\w+-][\w .+-]*(/[\w+-][\w .+-]*)*")
 _embedding_keys = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
 """Where ComfyUI calls vectors otherwise than their tokens."""
 
 
-def register_folder() -> None:
-    """Make models/identities known to ComfyUI."""
-    folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
-
-
 def names() -> list[str]:
     """The files of models/identities, with their folders."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(suffix)]
+    return tensor_files.names(folder)
 
 
 def save(
@@ -62,13 +54,13 @@ def save(
         ValueError: a name that leads elsewhere, a file that is there, a part that the identity has
             not, or a file that cannot be written.
     """
-    file_name = file_name.strip().removesuffix(suffix) or identity.name
-    paths = [place_of(folder, file_name)]
+    file_name = file_name.strip().removesuffix(tensor_files.suffix) or identity.name
+    paths = [tensor_files.place_of(folder, file_name)]
     contents = [_content(identity)]
     if embedding:
         if not identity.vectors:
             raise ValueError("embedding is on, but the identity has no learned word: turn it off")
-        paths.append(place_of("embeddings", file_name))
+        paths.append(tensor_files.place_of("embeddings", file_name))
         named = {_embedding_keys.get(key, key): v for key, v in identity.vectors.items()}
         contents.append((named, {}))
     if lora:
@@ -76,7 +68,7 @@ def save(
             raise ValueError(
                 "lora is on, but the identity changes no weights of the model: turn it off"
             )
-        paths.append(place_of("loras", file_name))
+        paths.append(tensor_files.place_of("loras", file_name))
         contents.append((identity.lora, {}))
     for path in paths:
         if path.exists() and not overwrite:
@@ -85,29 +77,8 @@ def save(
                 "overwrite"
             )
     for path, content in zip(paths, contents, strict=True):
-        write(path, *content)
+        tensor_files.write(path, *content)
     return paths
-
-
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; what was there stays until the new one is whole.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Wires carry tensors that share memory, which the format does not allow.
-        save_file({name: t.clone().contiguous() for name, t in tensors.items()}, part, metadata)
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} cannot be written ({error}): free space on the disk, or check who may write "
-            "there"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_partial(identity: Identity) -> Path:
@@ -116,8 +87,8 @@ def save_partial(identity: Identity) -> Path:
     Raises:
         ValueError: it cannot be written.
     """
-    path = place_of(folder, f"{identity.name}.partial")
-    write(path, *_content(identity))
+    path = tensor_files.place_of(folder, f"{identity.name}.partial")
+    tensor_files.write(path, *_content(identity))
     return path
 
 
@@ -132,23 +103,6 @@ def _content(identity: Identity) -> tuple[dict[str, Tensor], dict[str, str]]:
         "recipe": json.dumps(identity.recipe),
     }
     return {**vectors, **identity.lora}, metadata
-
-
-def place_of(kind: str, file_name: str) -> Path:
-    """A file to be written in the first of ComfyUI's folders of a kind.
-
-    Raises:
-        ValueError: a name that leads out of it.
-    """
-    root = Path(folder_paths.get_folder_paths(kind)[0]).resolve()
-    if _file_name.fullmatch(file_name):
-        path = (root / f"{file_name}{suffix}").resolve()
-        # Links may lead elsewhere.
-        if path.is_relative_to(root):
-            return path
-    raise ValueError(
-        f"file_name is '{file_name}': write a name such as ann or people/ann, which lies in {root}"
-    )
 
 
 def load(file_name: str) -> Identity:
@@ -217,7 +171,7 @@ def _identity(metadata: dict[str, str], tensors: dict[str, Tensor], file_name: s
         raise ValueError(f"{wrong}its recipe cannot be read{cure}")
     vectors, lora = {}, {}
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor_files.is_finite(tensor):
             raise ValueError(f"{wrong}{key} holds values that are not finite numbers{cure}")
         if key.startswith("vectors.") and tensor.ndim == 2 and len(tensor):
             vectors[key.removeprefix("vectors.")] = tensor.float()

@@ -14,16 +14,14 @@ from typing import Any
 
 import comfy.clip_vision
 import comfy.ops
-import folder_paths
 import torch
 from comfy.clip_vision import ClipVisionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapter_files import path_of
+from . import tensor_files
 
 folder = "clip_vision"
-suffix = ".safetensors"
 ACTIVATIONS = ("auto", "quick_gelu", "gelu")
 """Of CLIP; which one it was trained with cannot be seen in its tensors."""
 
@@ -42,7 +40,7 @@ _Config = dict[str, Any]
 
 def names() -> list[str]:
     """The safetensors files of models/clip_vision, with their folders."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(suffix)]
+    return tensor_files.names(folder)
 
 
 def path_to(file_name: str) -> Path:
@@ -51,7 +49,7 @@ def path_to(file_name: str) -> Path:
     Raises:
         ValueError: it is not there.
     """
-    return path_of(folder, file_name)
+    return tensor_files.path_of(folder, file_name)
 
 
 def load(file_name: str, activation: str = "auto") -> ClipVisionModel:
@@ -255,8 +253,7 @@ def _is_stock(config: _Config) -> bool:
 
 def _built(config: _Config, tensors: _Tensors, file_name: str) -> ClipVisionModel:
     for name, tensor in tensors.items():
-        # Neither is known of eight-bit floats.
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+        if not tensor_files.is_finite(tensor):
             raise ValueError(
                 f"file_name is {file_name}, which is damaged: {name} holds values that are not "
                 "finite numbers; download it again"

@@ -25,7 +25,7 @@ from ...kernels.ip_adapter import (
     Resampler,
     head_width,
 )
-from . import adapter_files
+from . import tensor_files
 from .adapters import Adapter, IPAdapterTokens, patcher
 from .layouts import Block
 
@@ -91,7 +91,7 @@ def register_folder() -> None:
     path = Path(folder_paths.models_dir) / folder
     # While it is missing, another pack may still come and register a folder of its own.
     if folder not in folder_paths.folder_names_and_paths and path.is_dir():
-        folder_paths.add_model_folder_path(folder, str(path))
+        tensor_files.register_folder(folder)
 
 
 def names() -> list[str]:
@@ -99,8 +99,7 @@ def names() -> list[str]:
     register_folder()
     if folder not in folder_paths.folder_names_and_paths:
         return []
-    found = folder_paths.get_filename_list(folder)
-    return [name for name in found if name.endswith(adapter_files.suffix)]
+    return tensor_files.names(folder)
 
 
 def load(preservation: str, personalization: str) -> Adapter:
@@ -157,7 +156,7 @@ class _File:
 
 
 def _load(role: str, file_name: str) -> _File:
-    tensors, _ = adapter_files.read(adapter_files.path_of(folder, file_name))
+    tensors, _ = tensor_files.read(tensor_files.path_of(folder, file_name))
     content = _Content(role, file_name, {key: tuple(t.shape) for key, t in tensors.items()})
     content.require_known()
     projection = _projection(content)
@@ -168,8 +167,8 @@ def _load(role: str, file_name: str) -> _File:
     def build(operations: Any) -> IPAdapterBranch:
         return IPAdapterBranch(projection.build(operations), inner, projection.width, operations)
 
-    network = adapter_files.filled(build, tensors, file_name)
-    name = file_name.removesuffix(adapter_files.suffix)
+    network = tensor_files.filled(build, tensors, file_name)
+    name = file_name.removesuffix(tensor_files.suffix)
     return _File(
         name=name,
         family=family,

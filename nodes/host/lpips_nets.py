@@ -28,11 +28,6 @@ BACKBONES: dict[Net, str] = {
 _source = "https://download.pytorch.org/models"
 
 
-def register_folder() -> None:
-    """Make models/lpips known to ComfyUI."""
-    folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
-
-
 def path_to(net: Net) -> Path:
     """The file of a backbone.
 

@@ -45,7 +45,7 @@ def adapter(pack: ModuleType, model: Any, family: Family, **changes: Any) -> Any
     drawn = kernel.FlexIP(sizes).requires_grad_(False)
     for layer in drawn.to_v.values():
         nn.init.normal_(layer.weight, std=0.3)
-    network = host.adapter_files.filled(
+    network = host.tensor_files.filled(
         lambda operations: kernel.FlexIP(sizes, operations), drawn.state_dict(), "tiny"
     )
     made = host.adapters.Adapter(

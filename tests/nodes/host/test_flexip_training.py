@@ -373,7 +373,7 @@ def test_saved_adapter_is_applied_as_it_was_trained(
         trainer.result, host.layouts.blocks_of(model), name, "literal", {}
     )
     path = tmp_path / "a.safetensors"
-    host.identity_files.write(path, *content)
+    host.tensor_files.write(path, *content)
     adapter, pair = host.adapter_files.load_file(path), trainer.pairs.pair(0)
     subject = host.subjects.Subject(
         pair.low[None], pair.high[None], torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)

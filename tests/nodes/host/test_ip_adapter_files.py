@@ -41,8 +41,8 @@ def test_public_files_by_their_keys_and_shapes(
     """Sizes of gigabytes are not written, but read as they would come from a file."""
     shapes = ip_adapters.public_shapes(name)
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    monkeypatch.setattr(files.adapter_files, "path_of", lambda _, file: Path(file))
-    monkeypatch.setattr(files.adapter_files, "read", lambda _: (tensors, {}))
+    monkeypatch.setattr(files.tensor_files, "path_of", lambda _, file: Path(file))
+    monkeypatch.setattr(files.tensor_files, "read", lambda _: (tensors, {}))
     adapter = files.load(f"{name}.safetensors", f"{name}.safetensors")
     family, kind, image_width = ip_adapters.PUBLIC[name]
     assert (adapter.name, adapter.family, adapter.mode) == (name, family, "linear")
