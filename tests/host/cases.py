@@ -14,8 +14,8 @@ from portraits import demo_case
 from portraits.dataset import people, pictures, views
 from portraits.people import attributes, caption
 
+from .client import Client
 from .prompts import Graph, Outputs
-from .server import Server
 
 PORTRAIT = "pinpoint_portrait.png"
 """The picture that is edited; `edit` puts the person's own in its place."""
@@ -90,7 +90,7 @@ def _with_second_change(case: Case) -> Case:
     return replace(case, target_prompt=", ".join(target))
 
 
-def upload(server: Server, pictures: dict[str, Image.Image]) -> list[str]:
+def upload(server: Client, pictures: dict[str, Image.Image]) -> list[str]:
     """Put pictures into a server's input folder; returns the names that it gave them."""
     return [server.upload_image(name, png(picture)) for name, picture in pictures.items()]
 
@@ -146,7 +146,7 @@ def _fill_in_prompt(graph: Graph, title: str, widget: str, prompt: str) -> bool:
     return bool(places)
 
 
-def saved_pictures(server: Server, graph: Graph, outputs: Outputs) -> dict[str, Image.Image]:
+def saved_pictures(server: Client, graph: Graph, outputs: Outputs) -> dict[str, Image.Image]:
     """What a workflow saved as `pinpoint/<name>`, by name, in the order of its nodes."""
     saved = {}
     for node_id in sorted(graph, key=int):
