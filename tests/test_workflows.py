@@ -24,9 +24,13 @@ RECONSTRUCTION = "inversion_reconstruction"
 """The workflow that edits nothing."""
 SEVERAL_EDITS = "identity_edits"
 TWO_PEOPLE = "two_people"
-DIAL, TWO_SUBJECTS, TRAINING = "flexip_gamma", "flexip_two_subjects", "train_flexip"
+SUBJECT, DIAL, TWO_SUBJECTS = "flexip_subject", "flexip_gamma", "flexip_two_subjects"
+TRAINING = "train_flexip"
 REPAIR, SCORES = "repair_edit", "edit_scores"
-OTHERS = (RECONSTRUCTION, SEVERAL_EDITS, TWO_PEOPLE, DIAL, TWO_SUBJECTS, TRAINING, SCORES)
+OTHERS = (
+    *(RECONSTRUCTION, SEVERAL_EDITS, TWO_PEOPLE),
+    *(SUBJECT, DIAL, TWO_SUBJECTS, TRAINING, SCORES),
+)
 EDITS = [name for name in DEMOS if name not in OTHERS]
 """Those that make one edit of the demo portrait."""
 TEXTS = ("CLIPTextEncode", "PrimitiveStringMultiline")
@@ -72,7 +76,7 @@ def test_there_are_the_promised_ones() -> None:
         *("flux_sculptor", "flux_sculptor_parts", "flux_sculptor_two_attributes", "rf_edit"),
         *("attention_mask_focusflow_sd3", RECONSTRUCTION, "prompt_to_prompt"),
         *("learn_identity", SEVERAL_EDITS, "makeup_transfer", TWO_PEOPLE),
-        *(DIAL, "flexip_edit", TWO_SUBJECTS, TRAINING),
+        *(SUBJECT, DIAL, "flexip_edit", TWO_SUBJECTS, TRAINING),
         *(REPAIR, SCORES),
         *REAL_WEIGHTS,
     } == set(NAMES)
@@ -277,6 +281,16 @@ def test_two_people_are_changed_each_in_their_half(
     assert hats[:, :side].max() > 60
     assert hats[:, side:].max() > 60
     assert (difference == 0).mean() > 0.5
+
+
+def test_a_subject_is_put_into_a_new_picture(
+    pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    saved, side = pictures(SUBJECT), portrait.shape[1]
+    assert np.array_equal(saved["subject"], portrait)
+    # The same seed, prompt and gamma as in the middle of the dial.
+    middle = pictures(DIAL)["gamma_0_to_1"][:, 2 * side : 3 * side]
+    assert np.array_equal(saved["edit"], middle)
 
 
 def test_the_dial_turns_from_prompt_to_subject(

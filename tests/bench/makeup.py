@@ -34,6 +34,12 @@ makeup = {
     "class_word": plain,
     "attributes": "hair, skin, eyes, hat, beard, glasses",
     "outside_weight": 0.0,
+    # A word alone: a change of the model would be in both prompts, and an edit by their
+    # difference would not see it.
+    "steps": 0,
+    "token_steps": 150,
+    "token_rate": 0.1,
+    "update_every": 5,
 }
 """How the look is learned, beside Learn Identity's defaults."""
 columns = [

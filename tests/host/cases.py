@@ -30,7 +30,7 @@ WITH_IDENTITY = frozenset({"learn_identity", "identity_edits", "makeup_transfer"
 """The workflows whose prompts say <ann> where others say person."""
 WITH_MAKEUP = frozenset({"makeup_transfer"})
 """The workflows whose target prompt has the learned lips of the reference."""
-WITH_SUBJECT = frozenset({"flexip_gamma", "flexip_two_subjects", "train_flexip"})
+WITH_SUBJECT = frozenset({"flexip_gamma", "flexip_subject", "flexip_two_subjects", "train_flexip"})
 """The workflows that give the portrait's person the attributes of the reference."""
 PROMPTS = {"Source prompt": "source_prompt", "Target prompt": "target_prompt"}
 """Title of a node that holds one prompt -> widget of a node that holds both."""

@@ -1,0 +1,95 @@
+"""A case of a protocol: a picture, the words of its edit, and what it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Size = tuple[int, int]
+
+
+class ProtocolError(Exception):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+class BadCase(Exception):
+    """One case cannot be run or judged; the run goes on with the next."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit to be made.
+
+    Attributes:
+        id: unique in its protocol, and a relative path.
+        image: the source, or the subject that a new picture shall show.
+        group: for summaries of a part: an edit type, a subject.
+        mask: makes the mask of a picture of a size, 255 = edit.
+        references: all pictures of the subject.
+        seed: of the case, where its protocol asks for several.
+        attribute, value: what the edit changes, and to which of the protocol's phrases.
+        drawn: how a drawn portrait's judge knows it; see `drawn`.
+    """
+
+    id: str
+    image: Path
+    source_prompt: str
+    target_prompt: str
+    group: str = ""
+    mask: Callable[[Size], Image.Image] | None = None
+    references: tuple[Path, ...] = ()
+    seed: int | None = None
+    attribute: str = ""
+    value: str = ""
+    drawn: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is run and how it is reported.
+
+    Attributes:
+        name: of its command.
+        cases: all of them.
+        scores: those of Edit Score to report, in order.
+        attributes: name -> phrases of its values, for protocols that ask which one a picture shows.
+    """
+
+    name: str
+    cases: list[Case]
+    scores: tuple[str, ...]
+    attributes: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+def opened(path: Path) -> Image.Image:
+    """A picture in RGB, upright.
+
+    Raises:
+        BadCase: it is missing or no picture.
+    """
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise BadCase(f"{path} cannot be opened ({error}): put the picture there") from error
+
+
+def scaled(picture: Image.Image, size: Size) -> Image.Image:
+    """A picture in another size, averaged where that is possible without a filter."""
+    if picture.size == size:
+        return picture
+    (width, height), (old_width, old_height) = size, picture.size
+    if old_width % width == 0 and old_height % height == 0:
+        return picture.reduce((old_width // width, old_height // height))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def limited(size: Size, longest: int | None) -> Size:
+    """A size whose longer side is `longest`, in its proportions; as it is for None."""
+    if longest is None:
+        return size
+    factor = longest / max(size)
+    return (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))

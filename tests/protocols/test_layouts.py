@@ -1,0 +1,219 @@
+"""Small complete examples of each layout, written by hand, as their publishers have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from protocols import drawn
+from protocols.cases import BadCase, ProtocolError, limited, opened, scaled
+from protocols.layouts import LAYOUTS, PIE_TYPES, mask_of_runs
+
+SIDE = 6
+PIE: dict[str, dict[str, Any]] = {
+    "000000000000": {
+        "image_path": "0_random_140/000000000000.jpg",
+        "original_prompt": "a slanted mountain bicycle on the road",
+        "editing_prompt": "a slanted [rusty] mountain bicycle on the road",
+        "editing_instruction": "Make the frame of the bike rusty",
+        "editing_type_id": "0",
+        "blended_word": "bicycle bicycle",
+        "mask": [8, 2, 20, 100],
+    },
+    "621000000000": {
+        "image_path": "6_change_attribute_color_40/1_artificial/621000000000.jpg",
+        "original_prompt": "a [blue] bird",
+        "editing_prompt": "a [red] bird",
+        "editing_instruction": "",
+        "editing_type_id": "6",
+        "blended_word": "",
+        "mask": [],
+    },
+}
+FOCUSFLOW = """
+- input_img: images/cat.png
+  source_prompt: a ginger cat
+  target_prompts:
+    - a tiger
+    - a sleeping ginger cat
+  target_codes: [tiger, sleeping]
+- input_img: images/van.png
+  source_prompt: a yellow van
+  target_prompts: [a green van]
+  target_codes: [green]
+"""
+DREAMBENCH = """Classes
+
+subject_name,class
+backpack,backpack
+bear_plushie,stuffed animal
+dog2,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+'a cube shaped {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a santa hat'.format(unique_token, class_token),
+]
+"""
+
+
+def picture(file: Path, size: tuple[int, int] = (SIDE, SIDE)) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (200, 100, 50)).save(file)
+
+
+def test_pie_bench(tmp_path: Path) -> None:
+    (tmp_path / "mapping_file.json").write_text(json.dumps(PIE), "utf-8")
+    first, second = LAYOUTS["pie-bench"](tmp_path).cases
+    assert first.target_prompt == "a slanted rusty mountain bicycle on the road"
+    assert (second.source_prompt, second.target_prompt) == ("a blue bird", "a red bird")
+    assert (first.group, second.group) == ("random", "change attribute: color")
+    assert first.image == tmp_path / "annotation_images/0_random_140/000000000000.jpg"
+    assert first.id == "0_random_140/000000000000"
+
+
+def test_pie_bench_masks_are_the_references() -> None:
+    # What evaluate.py of cure-lab/PnPInversion makes of runs, written out.
+    runs = PIE["000000000000"]["mask"]
+    flat = np.zeros(SIDE * SIDE)
+    for start, length in zip(runs[::2], runs[1::2], strict=True):
+        for place in range(start, min(start + length, SIDE * SIDE)):
+            flat[place] = 1
+    expected = flat.reshape(SIDE, SIDE)
+    expected[0, :] = expected[-1, :] = 1
+    expected[:, 0] = expected[:, -1] = 1
+    found = np.asarray(mask_of_runs(runs, (SIDE, SIDE)))
+    assert np.array_equal(found, expected * 255)
+    assert 0 in found
+
+
+def test_runs_come_back_as_the_mask() -> None:
+    mask = torch.zeros(9, 7)
+    mask[2:5, 1:4] = 1
+    mask[6, 2:] = 1
+    found = np.asarray(mask_of_runs(drawn.runs_of(mask), (7, 9))) > 0
+    assert np.array_equal(found[1:-1, 1:-1], mask[1:-1, 1:-1].numpy() > 0)
+
+
+def test_focusflow(tmp_path: Path) -> None:
+    file = tmp_path / "edits.yaml"
+    file.write_text(FOCUSFLOW, "utf-8")
+    cases = LAYOUTS["focusflow"](file).cases
+    assert [case.target_prompt for case in cases] == [
+        *("a tiger", "a sleeping ginger cat", "a green van")
+    ]
+    assert cases[1].image == tmp_path / "images/cat.png"
+    assert len({case.id for case in cases}) == 3
+
+
+def test_dreambench(tmp_path: Path) -> None:
+    (tmp_path / "prompts_and_classes.txt").write_text(DREAMBENCH, "utf-8")
+    for subject in ("backpack", "bear_plushie", "dog2"):
+        for number in range(2):
+            picture(tmp_path / subject / f"{number:02}.jpg")
+    cases = LAYOUTS["subjects"](tmp_path).cases
+    # Two objects by two prompts and a dog by one, four seeds each.
+    assert len(cases) == (2 * 2 + 1) * 4
+    assert cases[0].target_prompt == "a backpack in the jungle"
+    assert cases[8].target_prompt == "a stuffed animal in the jungle"
+    assert cases[-1].target_prompt == "a dog wearing a santa hat"
+    assert [case.seed for case in cases[:5]] == [0, 1, 2, 3, 0]
+    assert [path.name for path in cases[0].references] == ["00.jpg", "01.jpg"]
+
+
+def test_portraits(tmp_path: Path) -> None:
+    said: dict[str, Any] = {
+        "attributes": {"hair": ["black hair", "red hair"], "mouth": ["a smile", "a straight face"]},
+        "cases": [
+            {
+                "image": "ann.jpg",
+                "mask": "ann_hair.png",
+                "source_prompt": "a woman with black hair",
+                "target_prompt": "a woman with red hair",
+                "attribute": "hair",
+                "value": "red hair",
+            }
+        ],
+    }
+    (tmp_path / "portraits.json").write_text(json.dumps(said), "utf-8")
+    Image.new("L", (2 * SIDE, 2 * SIDE), 255).save(tmp_path / "ann_hair.png")
+    protocol = LAYOUTS["portraits"](tmp_path)
+    (case,) = protocol.cases
+    assert (case.attribute, case.value) == ("hair", "red hair")
+    assert protocol.attributes["mouth"] == ["a smile", "a straight face"]
+    assert case.mask is not None
+    mask = case.mask((SIDE, SIDE))
+    assert (mask.size, mask.getextrema()) == ((SIDE, SIDE), (255, 255))
+    said["cases"][0]["value"] = "green hair"
+    (tmp_path / "portraits.json").write_text(json.dumps(said), "utf-8")
+    with pytest.raises(ProtocolError, match=r"case 1: .*green hair is none of black hair"):
+        LAYOUTS["portraits"](tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_there_is_named(layout: str, tmp_path: Path) -> None:
+    with pytest.raises(ProtocolError, match=r"cannot be read .*: name"):
+        LAYOUTS[layout](tmp_path / "nowhere")
+
+
+def test_an_entry_of_another_form_is_named(tmp_path: Path) -> None:
+    broken = {"000000000000": {**PIE["000000000000"], "editing_type_id": str(len(PIE_TYPES))}}
+    (tmp_path / "mapping_file.json").write_text(json.dumps(broken), "utf-8")
+    with pytest.raises(ProtocolError, match=r"mapping_file\.json, 000000000000: IndexError"):
+        LAYOUTS["pie-bench"](tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_drawn_portraits_are_read_back(layout: str, tmp_path: Path) -> None:
+    count = 8
+    cases = LAYOUTS[layout](drawn.WRITERS[layout](tmp_path, 1, count)).cases
+    assert len(cases) == count
+    assert len({case.id for case in cases}) == count
+    for case in cases:
+        assert opened(case.image).size == (128, 128)
+        assert case.target_prompt.startswith("portrait of a person, ")
+        assert case.target_prompt != case.source_prompt
+    masks = [case.mask((128, 128)) for case in cases if case.mask]
+    assert all(0 < np.asarray(mask).mean() < 255 for mask in masks)
+    assert len(masks) == (count if layout in ("pie-bench", "portraits") else 0)
+
+
+def test_a_portrait_is_what_it_is_drawn_as(tmp_path: Path) -> None:
+    drawn.portraits(tmp_path, 1, 3)
+    for case in LAYOUTS["portraits"](tmp_path).cases:
+        wanted, shown = drawn.words(case, opened(case.image))
+        # The source has all but the edit.
+        assert shown.pop(case.attribute) != case.value
+        assert wanted.pop(case.attribute) == case.value
+        if "hair" not in case.attribute:
+            assert shown == wanted
+
+
+def test_a_file_that_is_no_picture_is_one_bad_case(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(BadCase, match=r"bad\.png cannot be opened"):
+        opened(tmp_path / "bad.png")
+
+
+def test_pictures_are_averaged_where_they_can_be() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    found = np.asarray(scaled(Image.fromarray(pixels), (4, 4)))
+    expected = pixels.reshape(4, 2, 4, 2, 3).mean((1, 3))
+    assert np.abs(found - expected).max() <= 0.5
+    assert limited((512, 256), 128) == (128, 64)
+    assert limited((512, 256), None) == (512, 256)
