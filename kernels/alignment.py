@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -79,19 +80,26 @@ def fitted(source: Tensor, edited: Tensor, motion: str, colors: bool) -> Fit:
         motion: one of MOTIONS.
         colors: whether to look for gains and offsets of the colours.
     """
-    free = [*MOTIONS[motion], *(range(5, 11) if colors else ())]
-    if not free:
+    motions, tints = [*MOTIONS[motion]], [*range(5, 11)] if colors else []
+    if not motions and not tints:
         return Fit()
     states: list[Tensor] = []
     best = torch.tensor(_neutral, dtype=torch.float64)
     for small_source, small_edited in _pyramid(source, edited):
-        states = states or _starts(small_source, small_edited, motion)
-        longer = max(small_source.shape[2:])
-        if longer > _chosen:
-            states = [best]
-        for scale in _scales[longer >= 2 * _coarsest]:
-            states = [_stepped(small_source, small_edited, state, free, scale) for state in states]
-        best = min(states, key=lambda state: _misfit(small_source, small_edited, state))
+        seen = small_source, small_edited
+        if states:
+            if max(small_source.shape[2:]) > _chosen:
+                states = [best]
+            states = [_settled(*seen, state, motions + tints, _fine) for state in states]
+        else:
+            starts = _starts(*seen, motion)
+            states = [_settled(*seen, start, motions + tints, _coarse) for start in starts]
+            if tints:
+                # What changes most of a picture, as another background does, would else be taken
+                # for a tint of all of it.
+                moved = [_settled(*seen, start, motions, _coarse) for start in starts]
+                states += [_settled(*seen, state, motions + tints, _fine) for state in moved]
+        best = min(states, key=partial(_misfit, *seen))
     zoom, turn, stretch, right, down, *tint = best.tolist()
     found = Fit(
         *(math.exp(zoom), turn, math.exp(stretch), (right, down)),
@@ -102,8 +110,17 @@ def fitted(source: Tensor, edited: Tensor, motion: str, colors: bool) -> Fit:
     return found if found.tints() else replace(found, gains=Fit.gains, offsets=Fit.offsets)
 
 
-_scales = ((0.3, 0.2, 0.2, 0.14, 0.14, 0.1, 0.1), (0.1, 0.07, 0.05, 0.04, 0.03, 0.03))
+_coarse, _fine = (0.3, 0.2, 0.2, 0.14, 0.14, 0.1, 0.1), (0.1, 0.07, 0.05, 0.04, 0.03, 0.03)
 """Errors at which a pixel counts a quarter, step by step: on the smallest pictures, and after."""
+
+
+def _settled(
+    source: Tensor, edited: Tensor, state: Tensor, free: list[int], scales: Sequence[float]
+) -> Tensor:
+    """A state after a step at each scale."""
+    for scale in scales if free else ():
+        state = _stepped(source, edited, state, free, scale)
+    return state
 
 
 def laid_over(edited: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:
