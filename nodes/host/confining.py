@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels import attention as attending
 from ...kernels import masks
-from . import layouts, step_prompts, tap
+from . import arguments, layouts, step_prompts, tap
 from .tap import Attention, Proceed
 from .words import words_key
 
@@ -52,11 +52,7 @@ class Confinement:
             ValueError: the mask's batch is not the latent's.
         """
         place, call = attention.place, attention.call
-        if call.rows % len(self.mask):
-            raise ValueError(
-                f"mask has {len(self.mask)} images, the latent {call.rows}: use one mask, or one "
-                "for each"
-            )
+        arguments.require_masks_for(self.mask, call.rows)
         frames, *size = place.grid
         inside = masks.resized(self.mask.float(), *size).clamp(0, 1).to(attention.q).flatten(1)
         columns = self._columns(attention, padding)
