@@ -15,20 +15,11 @@ from host import stock
 from host.edits import Edit
 from host.null_texts import NullText
 from host.subjects import Case
-from host.tapping import FAMILIES, Family
+from host.tapping import FAMILIES, Family, each_of, few
 
 TinyModel = Callable[[str], Any]
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-few = pytest.mark.parametrize(
-    "family", [FAMILIES[n] for n in ("SD3", "Flux", "SD1.5", "SDXL")], ids=lambda f: f.model
-)
 modes = pytest.mark.parametrize("mode", ["literal", "linear"])
-
-
-@pytest.fixture
-def case(pack: ModuleType, tiny_model: TinyModel) -> Callable[..., Case]:
-    return lambda family, **more: Case(pack, tiny_model(family.model), family, **more)
 
 
 @few
@@ -75,7 +66,7 @@ def test_a_prompt_that_changes_in_a_run_is_read_again(case: Callable[..., Case])
     torch.testing.assert_close((x - second) / 0.6, alone)
 
 
-@pytest.mark.parametrize("family", [FAMILIES["SD1.5"], FAMILIES["SDXL"]], ids=lambda f: f.model)
+@each_of("SD1.5", "SDXL")
 @modes
 def test_a_prompt_counts_alike_beside_a_longer_one(
     case: Callable[..., Case], family: Family, mode: str
