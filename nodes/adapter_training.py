@@ -25,7 +25,6 @@ from .host.flexip_pairs import AUGMENTATIONS, Encoders
 from .host.flexip_runs import Plan
 from .host.flexip_settings import TrainingSettings
 
-_precisions = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 _taken = ("steps", "batch", "rate", "drop_subject", "drop_text", "drop_both", "mode", "average")
 """Widgets that are settings as they are."""
 _sizes = ("width", "detail_tokens", "global_tokens", "detail_depth", "global_depth", "text_depth")
@@ -163,7 +162,7 @@ def plan_of(values: dict[str, Any]) -> Plan:
         raise ValueError(
             f"width is {values['width']}: choose a multiple of {_head_width}, the width of a head"
         )
-    precision = lessons.precision_for(values["model"], _precisions[values["precision"]])
+    precision = lessons.precision_for(values["model"], widgets.PRECISIONS[values["precision"]])
     settings = TrainingSettings(
         warm_up=min(200, values["steps"] // 10),
         gamma_invariant=(values["gamma_invariant_low"], values["gamma_invariant_high"]),
@@ -190,15 +189,7 @@ def _schedule() -> list[io.Input]:
             "steps", default=2000, min=1, max=10000000, tooltip="How often weights are changed."
         ),
         io.Int.Input("batch", default=4, min=1, max=1024, tooltip="Pairs in each step."),
-        io.Float.Input(
-            "rate",
-            default=1e-4,
-            min=0.0,
-            max=0.1,
-            step=1e-5,
-            round=1e-6,
-            tooltip="How fast the adapter changes. It falls to nothing towards the end.",
-        ),
+        widgets.rate(1e-4, "How fast the adapter changes. It falls to nothing towards the end."),
         io.Float.Input(
             "average",
             default=0.999,
@@ -282,37 +273,13 @@ def _network() -> list[io.Input]:
 
 def _details() -> list[io.Input]:
     return [
-        io.Combo.Input(
-            "weighting",
-            options=["uniform", "logit-normal"],
-            default="uniform",
-            tooltip="Which noise levels are learned from: all alike, or the middle more often.",
+        widgets.weighting(),
+        widgets.precision(
+            "In which the model computes; the adapter has fp32. auto is bf16 where the device has "
+            "it."
         ),
-        io.Combo.Input(
-            "precision",
-            options=list(_precisions),
-            default="auto",
-            tooltip=(
-                "In which the model computes; the adapter has fp32. auto is bf16 where the device "
-                "has it."
-            ),
-        ),
-        io.Boolean.Input(
-            "save_memory",
-            default=True,
-            tooltip=(
-                "Compute the model's blocks twice instead of keeping what they computed: far less "
-                "memory, up to a third more time."
-            ),
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=io.ControlAfterGenerate.fixed,
-            tooltip="Of the adapter's first weights, of pairs, gammas and noise.",
-        ),
+        widgets.save_memory(),
+        widgets.seed("Of the adapter's first weights, of pairs, gammas and noise."),
         io.Int.Input(
             "validate_every",
             default=250,

@@ -112,14 +112,7 @@ class Invert(io.ComfyNode):
                     ),
                 ),
                 widgets.part("gamma", 0.5, "RF-Inversion only: pull towards fresh noise."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="RF-Inversion only: of the fresh noise.",
-                ),
+                widgets.seed("RF-Inversion only: of the fresh noise."),
                 io.Boolean.Input(
                     "measure_round_trip",
                     default=True,

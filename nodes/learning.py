@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io, ui
 
 from .host import arguments, curves, lessons, phrases, progress, widgets
@@ -29,7 +28,6 @@ _taken = (
     *("weighting", "vectors", "update_every", "outside_weight", "preview_every", "seed"),
 )
 """Widgets that are settings as they are."""
-_precisions = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LearnIdentity(io.ComfyNode):
@@ -165,7 +163,7 @@ def _settings(values: dict[str, Any]) -> LearningSettings:
         attributes=tuple(a for a in attributes if a.casefold() != class_word.casefold()),
         confined=values["confine_word"],
         saves_memory=values["save_memory"],
-        precision=lessons.precision_for(values["model"], _precisions[values["precision"]]),
+        precision=lessons.precision_for(values["model"], widgets.PRECISIONS[values["precision"]]),
         **{name: values[name] for name in _taken},
     )
 
@@ -197,15 +195,7 @@ def _schedule() -> list[io.Input]:
                 "only, as textual inversion does."
             ),
         ),
-        io.Float.Input(
-            "rate",
-            default=1e-3,
-            min=0.0,
-            max=0.1,
-            step=1e-5,
-            round=1e-6,
-            tooltip="How fast the model changes. Large models need less, such as 0.0002.",
-        ),
+        widgets.rate(1e-3, "How fast the model changes. Large models need less, such as 0.0002."),
         io.Int.Input(
             "rank",
             default=8,
@@ -257,25 +247,13 @@ def _losses() -> list[io.Input]:
             step=0.01,
             tooltip="With a mask: how much the picture outside it counts. 0 = not at all.",
         ),
-        io.Combo.Input(
-            "weighting",
-            options=["uniform", "logit-normal"],
-            default="uniform",
-            tooltip="Which noise levels are learned from: all alike, or the middle more often.",
-        ),
+        widgets.weighting(),
     ]
 
 
 def _details() -> list[io.Input]:
     return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=io.ControlAfterGenerate.fixed,
-            tooltip="Of the noise to learn from.",
-        ),
+        widgets.seed("Of the noise to learn from."),
         io.Int.Input(
             "vectors",
             default=1,
@@ -306,20 +284,8 @@ def _details() -> list[io.Input]:
             step=8,
             tooltip="Pictures of more than its square in pixels are scaled down.",
         ),
-        io.Combo.Input(
-            "precision",
-            options=list(_precisions),
-            default="auto",
-            tooltip="In which the model computes. auto is bf16 where the device has it.",
-        ),
-        io.Boolean.Input(
-            "save_memory",
-            default=True,
-            tooltip=(
-                "Compute the model's blocks twice instead of keeping what they computed: far less "
-                "memory, up to a third more time."
-            ),
-        ),
+        widgets.precision("In which the model computes. auto is bf16 where the device has it."),
+        widgets.save_memory(),
         io.Int.Input(
             "preview_every",
             default=25,

@@ -126,26 +126,33 @@ def _flux_norms(make: Maker, name: str) -> None:
 
 def sd15() -> Weights:
     """The smallest UNet that ComfyUI takes for SD1.5: one level and no middle, 19 M in fp16."""
+    model = unet(
+        num_res_blocks=[1],
+        channel_mult=[1],
+        transformer_depth=[1],
+        transformer_depth_output=[1, 1],
+        transformer_depth_middle=-2,
+        context_dim=768,
+        num_heads=8,
+    )
+    return {name: tensor.half() for name, tensor in drawn(model, seed=15).items()}
+
+
+def unet(**settings: Any) -> nn.Module:
+    """A UNet of ComfyUI's with 4 latent channels and 320 at its first level; shapes only."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from comfy.ops import disable_weight_init
 
     with torch.device("meta"):
-        model = UNetModel(
+        return UNetModel(
             image_size=32,
             in_channels=4,
             out_channels=4,
             model_channels=320,
-            num_res_blocks=[1],
-            channel_mult=[1],
-            transformer_depth=[1],
-            transformer_depth_output=[1, 1],
-            transformer_depth_middle=-2,
-            context_dim=768,
-            num_heads=8,
             use_spatial_transformer=True,
             operations=disable_weight_init,
+            **settings,
         )
-    return {name: tensor.half() for name, tensor in drawn(model, seed=15).items()}
 
 
 def wan(model_type: str = "t2v", **settings: Any) -> Weights:

@@ -65,11 +65,7 @@ def applied(
             cannot be used.
     """
     adapters.require_fitting(model, adapter, subject)
-    if settings.start >= settings.end:
-        raise ValueError(
-            f"start is {settings.start:g} and end {settings.end:g}: choose a start below the end, "
-            "0 is noise and 1 the picture"
-        )
+    arguments.require_part(settings.start, settings.end)
     if settings.mask is not None:
         arguments.require_finite_mask(settings.mask)
         if not settings.mask.any():
@@ -182,11 +178,7 @@ class _Injection:
         mask = self.settings.mask
         if mask is None:
             return self.settings.weight
-        if call.rows % len(mask):
-            raise ValueError(
-                f"mask has {len(mask)} images, the latent {call.rows}: use one mask, or one for "
-                "each"
-            )
+        arguments.require_masks_for(mask, call.rows)
         alike = (tuple(call.branches), call.latent, place.grid, out.dtype, out.device)
         if alike not in self._strengths:
             frames, *size = place.grid

@@ -153,6 +153,24 @@ def require_finite_mask(mask: Tensor) -> None:
         raise ValueError("mask holds values that are not finite: check where it comes from")
 
 
+def require_masks_for(mask: Tensor, rows: int) -> None:
+    """Refuse masks (B, H, W) that a branch's rows, one picture or more, are no multiple of."""
+    # Edits with several noises at once have all pictures once for each.
+    if rows % len(mask):
+        raise ValueError(
+            f"mask has {len(mask)} images, the latent {rows}: use one mask, or one for each"
+        )
+
+
+def require_part(start: float, end: float) -> None:
+    """Refuse an empty part of the sampling, given from 0 (noise) to 1 (picture)."""
+    if start >= end:
+        raise ValueError(
+            f"start is {start:g} and end {end:g}: choose a start below the end, 0 is noise and 1 "
+            "the picture"
+        )
+
+
 def mask_on_latent(mask: Tensor, latent: Tensor) -> Tensor:
     """A (B or 1, H, W) mask at a latent's size: (B or 1, 1, [1,] h, w)."""
     if len(mask) not in (1, len(latent)):

@@ -7,8 +7,7 @@ other tokens would carry what they read from it to every place, so there they do
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -17,15 +16,13 @@ from torch import Tensor, nn
 
 from ...kernels import attention as attending
 from ...kernels import masks
-from . import layouts, step_prompts, tap
+from . import arguments, layouts, step_prompts, tap
+from .step_prompts import StepPrompts, prompts_key
 from .tap import Attention, Proceed
-from .words import words_key
 
 log = logging.getLogger(__name__)
 
 wrapper_key = "pinpoint_confined_words"
-prompts_key = "pinpoint_prompts"
-"""In `transformer_options`: where the words of a step's prompts lie, see `_Prompts`."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,7 @@ class Confinement:
             ValueError: the mask's batch is not the latent's.
         """
         place, call = attention.place, attention.call
-        if call.rows % len(self.mask):
-            raise ValueError(
-                f"mask has {len(self.mask)} images, the latent {call.rows}: use one mask, or one "
-                "for each"
-            )
+        arguments.require_masks_for(self.mask, call.rows)
         frames, *size = place.grid
         inside = masks.resized(self.mask.float(), *size).clamp(0, 1).to(attention.q).flatten(1)
         columns = self._columns(attention, padding)
@@ -92,8 +85,8 @@ def confined(model: ModelPatcher, name: str, mask: Tensor) -> ModelPatcher:
         ValueError: a family whose attention is not known.
     """
     confiner = _Confiner(name.casefold(), mask, layouts.layout_of(model).text_padding)
-    clone = tap.tapped(model, confiner.handle)
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, wrapper_key, confiner.find_prompts)
+    clone = tap.tapped(step_prompts.remembering(model), confiner.handle)
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, wrapper_key, confiner.warn)
     return clone
 
 
@@ -138,33 +131,6 @@ def _biased(attention: Attention, bias: Tensor) -> Attention:
     return replace(attention, mask=attending.with_bias(attention.mask, bias[:, None]))
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A conditioning in a run: its words' rows, its length, and its area of the latent if any."""
-
-    rows: dict[str, list[int]]
-    length: int
-    area: step_prompts.Area | None
-
-
-@dataclass
-class _Prompts:
-    """The prompts of one step, by uuid and whether they are positive.
-
-    Attributes:
-        size: rows and columns of the latent.
-        biases: what was made for the step's attentions so far, for those that are alike.
-    """
-
-    found: dict[tuple[Any, bool], _Prompt]
-    size: tuple[int, int]
-    biases: dict[tuple, Tensor | None] = field(default_factory=dict)
-
-    def of(self, uuid: Any, index: int) -> _Prompt | None:
-        """The prompt of a branch."""
-        return self.found.get((uuid, index == 0)) or self.found.get((uuid, index != 0))
-
-
 @dataclass(frozen=True, eq=False)
 class _Confiner:
     """Confines one word in a run."""
@@ -173,7 +139,7 @@ class _Confiner:
     mask: Tensor
     padding: str
 
-    def find_prompts(
+    def warn(
         self,
         executor: Any,
         x: Tensor,
@@ -181,58 +147,41 @@ class _Confiner:
         model_options: dict[str, Any] = {},  # noqa: B006
         seed: int | None = None,
     ) -> Tensor:
-        """A wrapper of PREDICT_NOISE, where the guider has its conditionings at hand."""
+        """A wrapper of PREDICT_NOISE: tells in the first step if no prompt has the word."""
         inner = model_options["transformer_options"]
-        prompts = inner.get(prompts_key) or _Prompts(
-            dict(_found(executor.class_obj)), tuple(x.shape[-2:])
-        )
         is_first = timestep.max() >= inner["sample_sigmas"].max()
-        if is_first and not any(self.name in prompt.rows for prompt in prompts.found.values()):
+        prompts = (prompt for named in inner[prompts_key].found.values() for prompt in named)
+        if is_first and not any(self.name in prompt.words for prompt in prompts):
             log.warning(
                 f"Pinpoint: a mask confines <{self.name}>, but no prompt has it: encode one with "
                 "the CLIP of Apply Identity, and let no other node join it to the end of another"
             )
-        options = {**model_options, "transformer_options": {**inner, prompts_key: prompts}}
-        return executor(x, timestep, options, seed)
+        return executor(x, timestep, model_options, seed)
 
     def handle(self, attention: Attention, proceed: Proceed) -> Tensor:
         """Handler for a tap."""
-        prompts = attention.call.options.get(prompts_key)
+        prompts: StepPrompts | None = attention.call.options.get(prompts_key)
         if attention.place.text is None or prompts is None:
             return proceed(attention)
         call = attention.call
         alike = (self, *call.branches, call.latent, *_form(attention))
-        if alike not in prompts.biases:
-            prompts.biases[alike] = self._bias(attention, prompts)
-        bias = prompts.biases[alike]
+        if alike not in prompts.made:
+            prompts.made[alike] = self._bias(attention)
+        bias = prompts.made[alike]
         return proceed(attention if bias is None else _biased(attention, bias))
 
-    def _bias(self, attention: Attention, prompts: _Prompts) -> Tensor | None:
+    def _bias(self, attention: Attention) -> Tensor | None:
         """For all branches; None if none of them has the word."""
         call, bias = attention.call, None
-        for number, branch in enumerate(call.branches):
-            prompt = prompts.of(*branch)
-            if prompt is None or self.name not in prompt.rows:
+        for number in range(len(call.branches)):
+            prompt = step_prompts.prompt_of(call, number)
+            if prompt.length is None or self.name not in prompt.words:
                 continue
             if bias is None:
                 shape = attention.q.shape[2], attention.k.shape[2]
                 bias = attention.q.new_zeros(len(attention.q), *shape)
-            mask = step_prompts.cropped(self.mask, prompt.area, prompts.size)
-            own = Confinement(tuple(prompt.rows[self.name]), prompt.length, mask)
+            mask = step_prompts.mask_of(self.mask, call, number)
+            own = Confinement(tuple(prompt.words[self.name]), prompt.length, mask)
             rows = slice(number * call.rows, (number + 1) * call.rows)
             bias[rows] = own.bias(attention, self.padding)
         return bias
-
-
-def _found(guider: Any) -> Iterator[tuple[tuple[Any, bool], _Prompt]]:
-    """The prompts of a guider as they are in a run, a Source/Target Guider's source too."""
-    # To give the opposite prompt the same area, ComfyUI copies an entry with its uuid and all, and
-    # puts the opposite's text into the copy, which comes last.
-    texts: dict[tuple[int, bool], tuple[dict[str, list[int]], int]] = {}
-    for name, entry in step_prompts.entries(guider):
-        text, is_positive = entry["model_conds"].get("c_crossattn"), name == "positive"
-        if text is None:
-            continue
-        own = entry.get(words_key, {}), entry["cross_attn"].shape[1]
-        known = texts.setdefault((id(text), is_positive), own)
-        yield (entry["uuid"], is_positive), _Prompt(*known, step_prompts.area_of(entry))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.flexip import Mode
+from .learning_settings import Weighting
 
 
 class Text(NamedTuple):
@@ -87,7 +88,7 @@ class TrainingSettings:
     drop_both: float = 0.05
     mode: Mode = "literal"
     average: float = 0.999
-    weighting: str = "uniform"
+    weighting: Weighting = "uniform"
     precision: torch.dtype | None = None
     saves_memory: bool = False
     seed: int = 0

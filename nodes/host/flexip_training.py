@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.sampler_helpers
-import comfy.samplers
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -63,8 +61,8 @@ def new_network(
     return network
 
 
-class Trainer(comfy.samplers.Sampler):
-    """A "sampler" that trains an adapter: ComfyUI prepares the model as for any other.
+class Trainer(training.TrainingSampler):
+    """Trains an adapter.
 
     Args:
         state: a file to go on from, written every `save_every` steps and at the end. When the loss
@@ -123,11 +121,8 @@ class Trainer(comfy.samplers.Sampler):
         ) as trainee:
             self._trainee = trainee
             first = self.pairs.drawn(random.Random(settings.seed))
-            latent = first.latent[None].float()
-            guider = comfy.samplers.CFGGuider(trainee.model)
-            guider.inner_set_conds({"positive": self._conditioning([first])})
-            sigmas = torch.tensor([1.0, 0.0])
-            guider.sample(torch.zeros_like(latent), latent, self, sigmas, seed=settings.seed)
+            prompt, latent = self._conditioning([first]), first.latent[None].float()
+            self.run_on(trainee.model, prompt, latent, settings.seed)
 
     @property
     def result(self) -> FlexIP:
@@ -139,34 +134,17 @@ class Trainer(comfy.samplers.Sampler):
         """Whether this process is the one that writes files."""
         return self.accelerator is None or self.accelerator.is_main_process
 
-    @property
-    def inner_model(self) -> Any:
-        """The model in training, while it runs."""
-        return self._model
-
     def load_again(self) -> None:
         """Bring the model back after others, such as a VAE, may have taken its place."""
         training.load_again(self._trainee.model)
 
-    def sample(
-        self,
-        model_wrap: comfy.samplers.CFGGuider,
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        """ComfyUI's sampler interface; returns the latent as it came."""
-        self._model, self._options = model_wrap.inner_model, extra_args["model_options"]
+    def train(self) -> None:
+        """Make the steps that are left, and save the state."""
         try:
-            self._train()
+            self._make_steps()
         finally:
             if self._is_good:
                 self.save()
-        return latent_image
 
     def save(self) -> None:
         """Write what a later run needs to go on."""
@@ -201,12 +179,9 @@ class Trainer(comfy.samplers.Sampler):
         others = inner.get("wrappers", {})
         wrappers = {**others, kind: {**others.get(kind, {}), **own}}
         options = {**self._options, "transformer_options": {**inner, "wrappers": wrappers}}
-        conds = {"positive": comfy.sampler_helpers.convert_cond(self._conditioning(pairs))}
-        conds = comfy.samplers.process_conds(self._model, x, conds, x.device, x)
-        given = [conds["positive"]]
-        return comfy.samplers.calc_cond_batch(self._model, given, x, sigma, options)[0], lesson
+        return self._call(self._conditioning(pairs), x, sigma, options), lesson
 
-    def _train(self) -> None:
+    def _make_steps(self) -> None:
         steps = self.settings.steps
         bar = comfy.utils.ProgressBar(steps)
         while True:
@@ -288,11 +263,13 @@ class Trainer(comfy.samplers.Sampler):
         ranges = (settings.gamma_variant, settings.gamma_invariant)
         gamma = torch.tensor([chance.uniform(*ranges[pair.invariant]) for pair in pairs])
         latents = torch.stack([pair.latent for pair in pairs]).to(device, torch.float32)
-        clean = self._model.process_latent_in(latents)
-        sampling = self._model.model_sampling
-        sigma = self._levels(sampling, generator).to(clean)
+        clean = self.inner_model.process_latent_in(latents)
+        levels = losses.stratified(settings.batch, generator)
+        levels = levels[torch.randperm(len(levels), generator=generator)]
+        sigma = self._sigmas(levels, settings.weighting).to(clean)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
-        noised = sampling.noise_scaling(sigma.view(-1, *[1] * (clean.ndim - 1)), noise, clean)
+        shaped = sigma.view(-1, *[1] * (clean.ndim - 1))
+        noised = self.inner_model.model_sampling.noise_scaling(shaped, noise, clean)
         total = 0.0
         for rows in _alike(pairs):
             chosen = [pairs[row] for row in rows]
@@ -304,13 +281,6 @@ class Trainer(comfy.samplers.Sampler):
             lesson.backward()
             total += float(loss.detach())
         return total
-
-    def _levels(self, sampling: Any, generator: torch.Generator) -> Tensor:
-        levels = losses.stratified(self.settings.batch, generator)
-        levels = levels[torch.randperm(len(levels), generator=generator)]
-        if self.settings.weighting == "logit-normal":
-            levels = losses.logit_normal(levels)
-        return torch.tensor([float(sampling.percent_to_sigma(1 - x)) for x in levels.tolist()])
 
     def _conditioning(self, pairs: Sequence[Pair]) -> list:
         text = torch.stack([pair.text for pair in pairs])

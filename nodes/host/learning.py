@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import comfy.model_management
-import comfy.sampler_helpers
-import comfy.samplers
 import comfy.utils
 import latent_preview
 import node_helpers
@@ -52,8 +50,8 @@ class _Sample:
         return _Sample(self.clean[rows], self.latent[rows], self.sigma[rows])
 
 
-class Learner(comfy.samplers.Sampler):
-    """A "sampler" that trains: ComfyUI prepares model and conditionings as for any other.
+class Learner(training.TrainingSampler):
+    """Learns an identity.
 
     After an error or an interruption, `identity` gives what has been learned until then.
     """
@@ -104,13 +102,9 @@ class Learner(comfy.samplers.Sampler):
         self._progress.update_absolute(0)
         show("reading the prompt")
         first = self.pictures[0]
-        guider = comfy.samplers.CFGGuider(self.trainee.model)
         with torch.no_grad():
             prompt = self._guided(self._encode(first.prompt).conditioning)
-            guider.inner_set_conds({"positive": prompt})
-        sigmas = torch.tensor([1.0, 0.0])
-        latent = first.latent.clone()
-        guider.sample(torch.zeros_like(latent), latent, self, sigmas, seed=self.settings.seed)
+        self.run_on(self.trainee.model, prompt, first.latent.clone(), self.settings.seed)
 
     def identity(self) -> Identity:
         """What has been learned so far."""
@@ -130,19 +124,8 @@ class Learner(comfy.samplers.Sampler):
             recipe=recipe,
         )
 
-    def sample(
-        self,
-        model_wrap: comfy.samplers.CFGGuider,
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        """ComfyUI's sampler interface; returns the latent as it came."""
-        self._model, self._options = model_wrap.inner_model, extra_args["model_options"]
+    def train(self) -> None:
+        """Make all steps."""
         self._read_attributes()
         phases = (0, self.settings.token_steps)
         for steps in self._windows():
@@ -158,7 +141,6 @@ class Learner(comfy.samplers.Sampler):
                     self._step(step)
                 self._update_word(steps)
         self._require_numbers(self._good.is_finite(), self.settings.total - 1)
-        return latent_image
 
     def _windows(self) -> Iterator[range]:
         """Steps between which the word does not change; none reaches over both phases."""
@@ -206,14 +188,12 @@ class Learner(comfy.samplers.Sampler):
         )
 
     def _noised(self, picture: Picture) -> _Sample:
-        settings, sampling = self.settings, self._model.model_sampling
+        settings = self.settings
         clean = self._clean(picture).expand(settings.batch, *picture.latent.shape[1:])
         levels = losses.stratified(settings.batch, self._generator)
-        if settings.weighting == "logit-normal":
-            levels = losses.logit_normal(levels)
-        sigma = [float(sampling.percent_to_sigma(1 - level)) for level in levels.tolist()]
-        noise = torch.randn(clean.shape, generator=self._generator)
-        return _Sample.of(sampling, clean, noise.to(clean), clean.new_tensor(sigma))
+        sigma = self._sigmas(levels, settings.weighting).to(clean)
+        noise = torch.randn(clean.shape, generator=self._generator).to(clean)
+        return _Sample.of(self.inner_model.model_sampling, clean, noise, sigma)
 
     def _weight(self, picture: Picture, sample: _Sample) -> Tensor | None:
         outside, clean = self.settings.outside_weight, sample.clean
@@ -225,7 +205,7 @@ class Learner(comfy.samplers.Sampler):
 
     def _clean(self, picture: Picture) -> Tensor:
         latent = picture.latent.to(self.trainee.model.load_device, torch.float32)
-        return self._model.process_latent_in(latent)
+        return self.inner_model.process_latent_in(latent)
 
     def _response_error(self, picture: Picture, sample: _Sample, predicted: Tensor) -> Tensor:
         """How differently the model with the identity responds to a change of other words.
@@ -243,7 +223,7 @@ class Learner(comfy.samplers.Sampler):
             return predicted.new_zeros(())
         with self.trainee.unchanged():
             plain, other = (
-                self._call(self._plain(text), sample, self._options)
+                self._call(self._plain(text), sample.latent, sample.sigma, self._options)
                 for text in (picture.prompt, varied)
             )
         found = self._denoised(picture, self._encode(varied), sample)
@@ -262,14 +242,8 @@ class Learner(comfy.samplers.Sampler):
         self, picture: Picture, prompt: word_learning.EncodedPrompt, sample: _Sample
     ) -> Tensor:
         options = self._confined(picture, prompt)
-        return self._call(self._guided(prompt.conditioning), sample, options)
-
-    def _call(self, prompt: list[Any], sample: _Sample, options: dict[str, Any]) -> Tensor:
-        x = sample.latent
-        conds = {"positive": comfy.sampler_helpers.convert_cond(prompt)}
-        conds = comfy.samplers.process_conds(self._model, x[:1], conds, x.device, x[:1])
-        given = [conds["positive"]]
-        return comfy.samplers.calc_cond_batch(self._model, given, x, sample.sigma, options)[0]
+        guided = self._guided(prompt.conditioning)
+        return self._call(guided, sample.latent, sample.sigma, options)
 
     def _confined(self, picture: Picture, prompt: word_learning.EncodedPrompt) -> dict[str, Any]:
         """Options of a model call in which the word is seen inside the mask only."""
@@ -355,11 +329,11 @@ class Learner(comfy.samplers.Sampler):
     def _preview(self, picture: Picture, prompt: word_learning.EncodedPrompt) -> Any:
         """A picture as the model sees it now in much noise, which is always the same."""
         model = self.trainee.model
-        previewer = latent_preview.get_previewer(model.load_device, self._model.latent_format)
+        previewer = latent_preview.get_previewer(model.load_device, self.inner_model.latent_format)
         if previewer is None:
             return None
         with torch.no_grad():
-            latent, sampling = self._clean(picture), self._model.model_sampling
+            latent, sampling = self._clean(picture), self.inner_model.model_sampling
             generator = torch.Generator().manual_seed(self.settings.seed)
             noise = torch.randn(latent.shape, generator=generator).to(latent)
             sigma = latent.new_tensor([float(sampling.percent_to_sigma(preview_level))])

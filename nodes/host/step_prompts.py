@@ -1,13 +1,14 @@
 """What a guider knows of the prompts of a step, and a model call does not.
 
 A model call shows uuids, and texts that ComfyUI may have repeated to a common length; which prompt
-is a negative one, how long it is and which area of the latent it is for, only the guider can say.
+is a negative one, how long it is, where learned words lie in it and which area of the latent it is
+for, only the guider can say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ...kernels import masks
 from .tap import ModelCall
+from .words import words_key
 
 prompts_key = "pinpoint_step_prompts"
 """In `transformer_options`: the step's `StepPrompts`; also of the wrapper."""
@@ -31,23 +33,32 @@ class StepPrompt:
     Attributes:
         is_negative: whether guidance leads away from it.
         length: its tokens, or None.
+        words: rows of the learned words in it, by their names.
         area: of the latent, or None for all of it.
     """
 
     is_negative: bool
     length: int | None = None
+    words: Mapping[str, list[int]] = field(default_factory=dict)
     area: Area | None = None
 
 
 @dataclass(frozen=True)
 class StepPrompts:
-    """The prompts of a step by their uuids, and the rows and columns of the latent.
+    """The prompts of a step.
 
-    To give the opposite prompt the same area, ComfyUI copies an entry with its uuid and all.
+    To give the opposite prompt the same area, ComfyUI copies an entry with its uuid and all, and
+    puts the opposite's text into the copy.
+
+    Attributes:
+        found: by their uuids, copies last.
+        size: rows and columns of the latent.
+        made: what handlers keep for the step's other attentions.
     """
 
     found: dict[Any, list[StepPrompt]]
     size: tuple[int, int]
+    made: dict[tuple, Any] = field(default_factory=dict)
 
     def of(self, uuid: Any, index: int) -> StepPrompt | None:
         """The prompt of a branch of a call."""
@@ -57,29 +68,11 @@ class StepPrompts:
         )
 
 
-def entries(guider: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The prompts of a guider as they are in a run, a Source/Target Guider's source too.
-
-    Yields:
-        The guider's name for a prompt, such as "positive", and what ComfyUI knows of it.
-    """
-    for conds in (guider.conds, getattr(guider, "source_conds", {})):
-        for name, prompts in conds.items():
-            for entry in prompts:
-                yield name, entry
-
-
-def area_of(entry: dict[str, Any]) -> Area | None:
-    """The area of one of `entries`, or None for the whole latent."""
-    area = entry.get("area")
-    return tuple(area) if area else None
-
-
 def remembering(model: ModelPatcher) -> ModelPatcher:
-    """A clone whose calls know the prompts of their step."""
+    """A clone whose calls, and wrappers that are added from now on, know a step's prompts."""
     clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, prompts_key)
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, prompts_key, _tell)
+    if not clone.get_wrappers(WrappersMP.PREDICT_NOISE, prompts_key):
+        clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, prompts_key, _tell)
     return clone
 
 
@@ -92,14 +85,26 @@ def _tell(
 ) -> Tensor:
     """A wrapper of PREDICT_NOISE, where the guider has its conditionings at hand."""
     prompts = StepPrompts({}, (x.shape[-2], x.shape[-1]))
-    for name, entry in entries(executor.class_obj):
-        text = entry.get("cross_attn")
-        length = None if text is None else text.shape[1]
-        # PerpNeg's are "negative" and "empty_negative_prompt".
-        known = StepPrompt("negative" in name, length, area_of(entry))
-        prompts.found.setdefault(entry["uuid"], []).append(known)
+    for uuid, prompt in _found(executor.class_obj):
+        prompts.found.setdefault(uuid, []).append(prompt)
     inner = {**model_options["transformer_options"], prompts_key: prompts}
     return executor(x, timestep, {**model_options, "transformer_options": inner}, seed)
+
+
+def _found(guider: Any) -> Iterator[tuple[Any, StepPrompt]]:
+    """The prompts of a guider as they are in a run, a Source/Target Guider's source too."""
+    # A copy comes after the entry whose text it was given, with another's length and words.
+    texts: dict[int, tuple[int | None, Mapping[str, list[int]]]] = {}
+    for conds in (guider.conds, getattr(guider, "source_conds", {})):
+        for name, prompts in conds.items():
+            for entry in prompts:
+                tokens, text = entry.get("cross_attn"), entry["model_conds"].get("c_crossattn")
+                known = None if tokens is None else tokens.shape[1], entry.get(words_key, {})
+                if text is not None:
+                    known = texts.setdefault(id(text), known)
+                area = tuple(entry["area"]) if entry.get("area") else None
+                # PerpNeg's are "negative" and "empty_negative_prompt".
+                yield entry["uuid"], StepPrompt("negative" in name, *known, area)
 
 
 def prompt_of(call: ModelCall, position: int) -> StepPrompt:
@@ -113,16 +118,10 @@ def prompt_of(call: ModelCall, position: int) -> StepPrompt:
 def mask_of(mask: Tensor, call: ModelCall, position: int) -> Tensor:
     """The part of a mask (B, H, W) of the whole picture that one branch of a call is about."""
     prompts: StepPrompts | None = call.options.get(prompts_key)
-    if prompts is None:
-        return mask
-    return cropped(mask, prompt_of(call, position).area, prompts.size)
-
-
-def cropped(mask: Tensor, area: Area | None, size: tuple[int, int]) -> Tensor:
-    """The part of a mask (B, H, W) over an area of a latent of some rows and columns."""
-    if area is None:
+    area = prompt_of(call, position).area
+    if prompts is None or area is None:
         return mask
     half = len(area) // 2
     (height, width), (top, left) = area[half - 2 : half], area[-2:]
-    whole = masks.resized(mask, *size)
+    whole = masks.resized(mask, *prompts.size)
     return whole[:, top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""A model that can be trained: a copy that autograd accepts, with low-rank changes in it."""
+"""A model that can be trained, a copy that autograd accepts, and the "sampler" that trains it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
 import torch
 import torch.nn.functional as F
 from comfy.ldm.chroma.model import Chroma
@@ -25,7 +27,9 @@ from comfy.weight_adapter.base import WeightAdapterTrainBase
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from torch import Tensor, nn
 
+from ...kernels import identity as losses
 from . import checkpointing, families
+from .learning_settings import Weighting
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +150,70 @@ class LastGood:
         with torch.no_grad():
             for copy, parameter in zip(self._copies, self._learned, strict=True):
                 parameter.copy_(copy)
+
+
+class TrainingSampler(comfy.samplers.Sampler):
+    """A "sampler" that trains: ComfyUI prepares model and conditionings as for any other.
+
+    Attributes:
+        inner_model: the model in training, while it runs.
+    """
+
+    inner_model: Any
+    _options: dict[str, Any]
+
+    def train(self) -> None:
+        """Make all steps."""
+        raise NotImplementedError
+
+    def run_on(self, model: ModelPatcher, prompt: list[Any], latent: Tensor, seed: int) -> None:
+        """Have ComfyUI prepare a model, and train.
+
+        Args:
+            prompt: a conditioning such as will be learned from.
+            latent: (1, C, [T,] H, W), such as will be learned from.
+        """
+        guider = comfy.samplers.CFGGuider(model)
+        guider.inner_set_conds({"positive": prompt})
+        sigmas = torch.tensor([1.0, 0.0])
+        guider.sample(torch.zeros_like(latent), latent, self, sigmas, seed=seed)
+
+    def sample(
+        self,
+        model_wrap: comfy.samplers.CFGGuider,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        """ComfyUI's sampler interface; returns the latent as it came."""
+        self.inner_model, self._options = model_wrap.inner_model, extra_args["model_options"]
+        self.train()
+        return latent_image
+
+    def _sigmas(self, uniform: Tensor, weighting: Weighting) -> Tensor:
+        """(B,) noise levels for as many numbers in (0, 1), of which 0 is the picture."""
+        levels = losses.logit_normal(uniform) if weighting == "logit-normal" else uniform
+        sampling = self.inner_model.model_sampling
+        return torch.tensor([float(sampling.percent_to_sigma(1 - x)) for x in levels.tolist()])
+
+    def _call(self, prompt: list[Any], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> Tensor:
+        """What the model makes of noised latents, (B, C, [T,] H, W).
+
+        Args:
+            prompt: a conditioning with one row for all, or one for each.
+            x: (B, C, [T,] H, W).
+            sigma: (B,).
+            options: the model's, in place of those that ComfyUI prepared.
+        """
+        like = x[: len(prompt[0][0])]
+        conds = {"positive": comfy.sampler_helpers.convert_cond(prompt)}
+        conds = comfy.samplers.process_conds(self.inner_model, like, conds, x.device, like)
+        given = [conds["positive"]]
+        return comfy.samplers.calc_cond_batch(self.inner_model, given, x, sigma, options)[0]
 
 
 def load_again(model: ModelPatcher) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels import attention as attending
 from ...kernels import masks, solvers
-from . import families, layouts, tap
+from . import arguments, families, layouts, tap
 from .inversion import Trajectory
 from .layouts import Block, Place
 from .recording import Recording, is_chosen
@@ -71,12 +71,7 @@ class _Weights:
         frames, *size = place.grid
         if settings.mask is None:
             return like.new_full((call.rows, math.prod(place.grid)), strength)
-        # Edits with several noises at once have all pictures once for each.
-        if call.rows % len(settings.mask):
-            raise ValueError(
-                f"mask has {len(settings.mask)} images, the latent {call.rows}: use one mask, or "
-                "one for each"
-            )
+        arguments.require_masks_for(settings.mask, call.rows)
         weight = strength * self._outside(settings.mask, (size[0], size[1])).to(like)
         return weight.repeat(call.rows // len(settings.mask), frames)
 
@@ -274,11 +269,7 @@ def window_of(model: ModelPatcher, start: float, end: float) -> tuple[float, flo
     Raises:
         ValueError: an empty part.
     """
-    if start >= end:
-        raise ValueError(
-            f"start is {start:g} and end {end:g}: choose a start below the end, 0 is noise and 1 "
-            "the picture"
-        )
+    arguments.require_part(start, end)
     sampling: Any = model.get_model_object("model_sampling")
     first, last = (float(sampling.percent_to_sigma(part)) for part in (start, end))
     # At 0 percent ComfyUI gives a number above every noise level.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 
 from .inversion import SOLVERS
@@ -16,6 +17,9 @@ Subject = io.Custom("PINPOINT_SUBJECT")
 """A subject as image encoders see it."""
 Gate = io.Custom("PINPOINT_GATE")
 """FlexIP's gamma over noise levels and blocks."""
+
+PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+"""By the options of `precision`; None = see `lessons.precision_for`."""
 
 
 def method() -> io.Combo.Input:
@@ -59,3 +63,49 @@ def prompt(name: str, tooltip: str) -> io.String.Input:
     """A text box that says what it is for while it is empty."""
     shown = name.replace("_", " ")
     return io.String.Input(name, multiline=True, default="", tooltip=tooltip, placeholder=shown)
+
+
+def rate(default: float, tooltip: str) -> io.Float.Input:
+    """How fast a training changes weights."""
+    return io.Float.Input(
+        "rate", default=default, min=0.0, max=0.1, step=1e-5, round=1e-6, tooltip=tooltip
+    )
+
+
+def weighting() -> io.Combo.Input:
+    """Chooses the noise levels that a training draws."""
+    return io.Combo.Input(
+        "weighting",
+        options=["uniform", "logit-normal"],
+        default="uniform",
+        tooltip="Which noise levels are learned from: all alike, or the middle more often.",
+    )
+
+
+def precision(tooltip: str) -> io.Combo.Input:
+    """Chooses the numbers that a model in training computes with, see `PRECISIONS`."""
+    return io.Combo.Input("precision", options=list(PRECISIONS), default="auto", tooltip=tooltip)
+
+
+def save_memory() -> io.Boolean.Input:
+    """Whether a model in training computes its blocks twice, see `checkpointing`."""
+    return io.Boolean.Input(
+        "save_memory",
+        default=True,
+        tooltip=(
+            "Compute the model's blocks twice instead of keeping what they computed: far less "
+            "memory, up to a third more time."
+        ),
+    )
+
+
+def seed(tooltip: str) -> io.Int.Input:
+    """A number that all that is drawn depends on; it stays from run to run."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=io.ControlAfterGenerate.fixed,
+        tooltip=tooltip,
+    )

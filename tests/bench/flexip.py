@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import random
 import statistics
 import sys
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.lab import Lab, Row, mean_row, report
+from bench.lab import Kept, Lab, Row, mean_row, report
 from portraits import weights
 from portraits.dataset import people, pictures, smallest_change, views
 from portraits.judging import fitted_identities, nearest_values, visible
@@ -149,19 +148,14 @@ def measured(studio: Studio, number: int, person: Portrait, name: str, dial: flo
 
 def run(studio: Studio, options: argparse.Namespace) -> list[Row]:
     """The mean of each row over all people; what the cache holds is not made again."""
-    cache: Path | None = options.cache
-    kept: dict[str, Row] = json.loads(cache.read_text()) if cache and cache.exists() else {}
+    kept = Kept(options.cache)
     found: dict[tuple[str, float], list[Row]] = {}
     for number, person in enumerate(people("held-out", options.seed, options.count)):
         for name, method in methods.items():
             for dial in gammas if method.file else gammas[:1]:
                 key = f"{options.seed} {number} {name} {dial}"
-                if key not in kept:
-                    kept[key] = measured(studio, number, person, name, dial)
-                    if cache:
-                        cache.write_text(json.dumps(kept, indent=1))
-                found.setdefault((name, dial), []).append(kept[key])
-        print(f"{number + 1}/{options.count}", flush=True)
+                row = kept.row(key, measured, studio, number, person, name, dial)
+                found.setdefault((name, dial), []).append(row)
     return [{"gamma": dial, **mean_row(name, rows)} for (name, dial), rows in found.items()]
 
 

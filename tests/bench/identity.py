@@ -11,7 +11,6 @@ which an interrupted run goes on: 40 people take two cores of a CPU about four h
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bench import edits
-from bench.lab import Lab, Row, mean_row, report, shallow_clip
+from bench.lab import Kept, Lab, Row, mean_row, report, shallow_clip
 from bench.portrait_scores import Panel, identity_kept
 from portraits.dataset import Edit, edited_pixels, people, pictures, smallest_change
 from portraits.drawing import draw
@@ -334,18 +333,12 @@ def measured(lab: Lab, sitter: Sitter, recipe: Recipe | None) -> Row:
 
 def run(lab: Lab, options: argparse.Namespace, chosen: dict[str, Recipe | None]) -> list[Row]:
     """The mean of each row over all people; what the cache holds is not made again."""
-    cache: Path | None = options.cache
-    kept: dict[str, Row] = json.loads(cache.read_text()) if cache and cache.exists() else {}
+    kept = Kept(options.cache)
     found: dict[str, list[Row]] = {method: [] for method in chosen}
     for sitter in sitters(lab, options.split, options.seed, options.count):
         for method, recipe in chosen.items():
             key = f"{options.format} {options.split} {options.seed} {sitter.number} {method}"
-            if key not in kept:
-                kept[key] = measured(lab, sitter, recipe)
-                print(key, {k: round(v, 3) for k, v in kept[key].items()})
-                if cache:
-                    cache.write_text(json.dumps(kept, indent=1))
-            found[method].append(kept[key])
+            found[method].append(kept.row(key, measured, lab, sitter, recipe))
     return [_summary(method, rows) for method, rows in found.items()]
 
 

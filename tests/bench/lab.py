@@ -156,6 +156,23 @@ def arguments(description: str, count: int, *, formats: bool = False) -> argpars
     return parser.parse_args()
 
 
+class Kept:
+    """Finished rows by their keys, in a JSON file from which an interrupted run goes on."""
+
+    def __init__(self, file: Path | None):
+        self.file = file
+        self.rows: dict[str, Row] = json.loads(file.read_text()) if file and file.exists() else {}
+
+    def row(self, key: str, measured: Callable[..., Row], *inputs: Any) -> Row:
+        """A row, which is measured if it is not there."""
+        if key not in self.rows:
+            self.rows[key] = measured(*inputs)
+            print(key, {k: round(v, 3) for k, v in self.rows[key].items()}, flush=True)
+            if self.file:
+                self.file.write_text(json.dumps(self.rows, indent=1))
+        return self.rows[key]
+
+
 def mean_row(method: str, rows: Sequence[Row]) -> Row:
     """The mean of each figure over the rows that have it."""
     found: Row = {"method": method}

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import tiny
-
+from . import tiny_encoders
 from .tapping import Family
 
 LOW, HIGH = 24, 40
@@ -59,24 +58,8 @@ class RandomPairs:
 
 def encoder(kind: str, width: int = 64) -> Any:
     """A tiny image encoder with random weights: "dinov2" or "clip_vision_model"."""
-    from comfy.clip_vision import ClipVisionModel
-
-    config = {
-        "hidden_size": width,
-        "image_size": 28,
-        "num_attention_heads": 1,
-        "num_channels": 3,
-        "num_hidden_layers": 2,
-        "patch_size": 14,
-        "model_type": kind,
-    }
-    if kind == "dinov2":
-        config |= {"layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
-    else:
-        config |= {"intermediate_size": 64, "projection_dim": 48, "hidden_act": "gelu"}
-    made = ClipVisionModel(config)
-    made.load_sd(tiny.drawn(made.model, seed=width))
-    return made
+    config = {"dinov2": tiny_encoders.DINO, "clip_vision_model": tiny_encoders.CLIP}[kind]
+    return tiny_encoders.built({**config, "hidden_size": width, "num_attention_heads": 1})
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 64)) -> Image.Image:

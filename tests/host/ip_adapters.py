@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from . import subjects
 
 Shape = tuple[int, ...]
 
@@ -132,16 +135,6 @@ def write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
     return f"{name}.safetensors"
 
 
-def subject(pack: Any, references: int = 1, seed: int = 0) -> Any:
+def subject(pack: ModuleType, references: int = 1) -> Any:
     """A subject as the small encoder would see it."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    return pack.nodes.host.subjects.Subject(
-        low=drawn(references, 5, 12),
-        high=drawn(references, HIGH),
-        hidden=drawn(references, STATES, HIDDEN),
-        blank=drawn(1, STATES, HIDDEN),
-    )
+    return subjects.subject(pack, references, low=(5, 12), high=HIGH, hidden=(STATES, HIDDEN))

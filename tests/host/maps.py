@@ -14,6 +14,10 @@ from torch import Tensor
 from . import stock
 from .tapping import WORDS, Family
 
+UNETS = ("SD1.5", "SDXL")
+SIGMA = 0.7
+"""The noise level at which a target is asked for its velocity."""
+
 
 @dataclass
 class WholeMaps:
@@ -201,3 +205,48 @@ def pair_guider(
         **guidances,
         **wired,
     )[0]
+
+
+def swap(first: int = 3) -> Tensor:
+    """Words 3 and 4 change places, word 7 is new."""
+    mapping = torch.eye(WORDS)
+    mapping[:, [first, first + 1]] = mapping[:, [first + 1, first]]
+    mapping[:, 7] = 0
+    return mapping
+
+
+def held_on(pack: ModuleType, model: Any, latent: Tensor, sigma: float = SIGMA) -> Any:
+    """A trajectory that is at a latent at a noise level."""
+    host = pack.nodes.host
+    latents = torch.stack([latent, latent, latent * 0.5])
+    return host.inversion.Trajectory(
+        [max(1.0, 2 * sigma), sigma, 0.0], latents, latent, host.families.name(model)
+    )
+
+
+def prompts_of(family: Family) -> tuple[stock.Conditioning, stock.Conditioning]:
+    """The target and the source, with the guidance number that the guider gives."""
+    target, source = (stock.with_values(family.prompt(seed), guidance=1.0) for seed in (2, 1))
+    return target, source
+
+
+def asked(
+    pack: ModuleType,
+    model: Any,
+    family: Family,
+    x: tuple[Tensor, Tensor],
+    prompts: tuple[stock.Conditioning, stock.Conditioning] | None = None,
+    **guidance: Any,
+) -> Tensor:
+    """The target's velocity where a sampler asks for it, the source held at a latent."""
+    way = held_on(pack, model, x[1])
+    given = dict(trajectory=way, **guidance)
+    target, source = prompts or prompts_of(family)
+    guider = pair_guider(model, source, target, **given)
+
+    def look(guider: Any, extra_args: dict[str, Any]) -> Tensor:
+        denoised = guider(x[0], x[0].new_full((len(x[0]),), SIGMA), **extra_args)
+        return (x[0] - denoised) / SIGMA
+
+    # The sampler's own latent is the shape's only.
+    return stock.inside(guider, x[0], look)

@@ -99,25 +99,15 @@ def encoder(name: str) -> Weights:
 
 def sd15() -> Weights:
     """SD1.5's UNet with all of its transformers, but all levels as wide as the first."""
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from comfy.ops import disable_weight_init
-
-    with torch.device("meta"):
-        model = UNetModel(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            num_res_blocks=[2, 2, 2, 2],
-            channel_mult=[1, 1, 1, 1],
-            transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
-            transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-            transformer_depth_middle=1,
-            context_dim=_sd15_text,
-            num_heads=8,
-            use_spatial_transformer=True,
-            operations=disable_weight_init,
-        )
+    model = tiny.unet(
+        num_res_blocks=[2, 2, 2, 2],
+        channel_mult=[1, 1, 1, 1],
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+        transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        transformer_depth_middle=1,
+        context_dim=_sd15_text,
+        num_heads=8,
+    )
     return _drawn(model, seed=15)
 
 
@@ -134,28 +124,18 @@ def ip_adapter(kind: str) -> Weights:
 
 def sdxl() -> Weights:
     """A UNet of SDXL's smallest relative, KOALA-700M, with all levels as wide as the first."""
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from comfy.ops import disable_weight_init
-
-    with torch.device("meta"):
-        model = UNetModel(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            num_res_blocks=[1, 1, 1],
-            channel_mult=[1, 1, 1],
-            transformer_depth=[0, 2, 5],
-            transformer_depth_output=[0, 0, 0, 0, 0, 1],
-            transformer_depth_middle=-2,
-            context_dim=2048,
-            num_head_channels=64,
-            use_spatial_transformer=True,
-            use_linear_in_transformer=True,
-            num_classes="sequential",
-            adm_in_channels=2816,
-            operations=disable_weight_init,
-        )
+    model = tiny.unet(
+        num_res_blocks=[1, 1, 1],
+        channel_mult=[1, 1, 1],
+        transformer_depth=[0, 2, 5],
+        transformer_depth_output=[0, 0, 0, 0, 0, 1],
+        transformer_depth_middle=-2,
+        context_dim=2048,
+        num_head_channels=64,
+        use_linear_in_transformer=True,
+        num_classes="sequential",
+        adm_in_channels=2816,
+    )
     return _drawn(model, seed=16)
 
 

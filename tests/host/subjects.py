@@ -20,18 +20,26 @@ SIZES = dict(
 )
 
 
-def subject(pack: ModuleType, references: int = 1, seed: int = 0) -> Any:
-    """A Subject of noise."""
+def subject(
+    pack: ModuleType,
+    references: int = 1,
+    seed: int = 0,
+    *,
+    low: tuple[int, int] = (9, LOW),
+    high: int = HIGH,
+    hidden: tuple[int, int] = (10, HIDDEN),
+) -> Any:
+    """A Subject of noise, of these sizes."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     return pack.nodes.host.subjects.Subject(
-        low=drawn(references, 9, LOW),
-        high=drawn(references, HIGH),
-        hidden=drawn(references, 10, HIDDEN),
-        blank=drawn(1, 10, HIDDEN),
+        low=drawn(references, *low),
+        high=drawn(references, high),
+        hidden=drawn(references, *hidden),
+        blank=drawn(1, *hidden),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -187,6 +188,16 @@ FAMILIES: dict[str, Family] = {
         grids=dict.fromkeys(_SDXL_FINE, (1, 4, 5)),
     ),
 }
+
+
+def each_of(*names: str) -> pytest.MarkDecorator:
+    """Runs a test with each of some families."""
+    return pytest.mark.parametrize("family", [pytest.param(FAMILIES[n], id=n) for n in names])
+
+
+families = each_of(*FAMILIES)
+few = each_of("SD3", "Flux", "SD1.5", "SDXL")
+"""Of each kind of attention one or two: joint, in two streams or one, and UNets'."""
 
 
 class Witness:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from host import foreign, stock, subjects
 from host.edits import picture_latent
-from host.tapping import FAMILIES, Family
+from host.tapping import FAMILIES, Family, each_of
 
 TinyModel = Callable[[str], Any]
 
@@ -28,9 +28,7 @@ OTHERS = {
     "after cfg": foreign.after_cfg,
 }
 others = pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-few = pytest.mark.parametrize(
-    "family", [FAMILIES[n] for n in ("SD3", "Flux")], ids=lambda f: f.model
-)
+two_families = each_of("SD3", "Flux")
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def apply(pack: ModuleType) -> Callable[..., Any]:
     return apply
 
 
-@few
+@two_families
 @others
 def test_other_packs_act_before_and_after(
     apply: Callable[..., Any],
@@ -62,7 +60,7 @@ def test_other_packs_act_before_and_after(
         assert (found - family.velocity(alone)).abs().max() > 1e-3
 
 
-@few
+@two_families
 def test_two_adapters_add_up(
     apply: Callable[..., Any], tiny_model: TinyModel, family: Family
 ) -> None:
@@ -94,7 +92,7 @@ def test_context_windows_have_the_subject(apply: Callable[..., Any], tiny_model:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@few
+@two_families
 def test_half_precision_gives_nearly_the_same(
     apply: Callable[..., Any], tiny_model: TinyModel, family: Family, dtype: torch.dtype
 ) -> None:

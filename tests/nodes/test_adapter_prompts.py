@@ -15,20 +15,11 @@ from host import stock
 from host.edits import Edit
 from host.null_texts import NullText
 from host.subjects import Case
-from host.tapping import FAMILIES, Family
+from host.tapping import FAMILIES, Family, each_of, few
 
 TinyModel = Callable[[str], Any]
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-few = pytest.mark.parametrize(
-    "family", [FAMILIES[n] for n in ("SD3", "Flux", "SD1.5", "SDXL")], ids=lambda f: f.model
-)
 modes = pytest.mark.parametrize("mode", ["literal", "linear"])
-
-
-@pytest.fixture
-def case(pack: ModuleType, tiny_model: TinyModel) -> Callable[..., Case]:
-    return lambda family, **more: Case(pack, tiny_model(family.model), family, **more)
 
 
 @few
@@ -75,7 +66,7 @@ def test_a_prompt_that_changes_in_a_run_is_read_again(case: Callable[..., Case])
     torch.testing.assert_close((x - second) / 0.6, alone)
 
 
-@pytest.mark.parametrize("family", [FAMILIES["SD1.5"], FAMILIES["SDXL"]], ids=lambda f: f.model)
+@each_of("SD1.5", "SDXL")
 @modes
 def test_a_prompt_counts_alike_beside_a_longer_one(
     case: Callable[..., Case], family: Family, mode: str
@@ -130,6 +121,31 @@ def test_areas_have_their_part_of_the_mask(case: Callable[..., Case], family: Fa
     )
     assert torch.equal(found[..., :4], plain[..., :4])
     assert not torch.equal(found[..., 4:8], plain[..., 4:8])
+
+
+def test_a_copy_for_an_area_is_known_as_the_prompt_whose_text_it_has(
+    pack: ModuleType, tiny_model: TinyModel
+) -> None:
+    from comfy.patcher_extension import WrappersMP
+
+    family, told = FAMILIES["SD1.5"], []
+    step_prompts = pack.nodes.host.step_prompts
+
+    def listen(executor: Any, *args: Any) -> Tensor:
+        told.append(args[2]["transformer_options"][step_prompts.prompts_key])
+        return executor(*args)
+
+    model = step_prompts.remembering(tiny_model(family.model))
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", listen)
+    area, words = (family.latent().shape[-2], 4, 0, 4), {"ann": [3]}
+    positive = stock.with_values(
+        family.prompt(1, tokens=24), area=area, strength=1.0, pinpoint_words=words
+    )
+    stock.velocity(model, positive, family.prompt(2, tokens=8), 2.0, family.latent(), 0.6)
+    kind = step_prompts.StepPrompt
+    own, negative = told[0].found.values()
+    assert own == [kind(False, 24, words, area), kind(True, 8, {}, area)]
+    assert negative == [kind(True, 8, {}, None)]
 
 
 def test_replaced_cross_attention_is_told(

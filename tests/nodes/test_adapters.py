@@ -17,20 +17,11 @@ from torch import Tensor
 from host import foreign, stock, subjects
 from host.edits import left_half, patcher_state
 from host.subjects import Case
-from host.tapping import FAMILIES, Family
+from host.tapping import FAMILIES, Family, families, few
 
 TinyModel = Callable[[str], Any]
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-few = pytest.mark.parametrize(
-    "family", [FAMILIES[n] for n in ("SD3", "Flux", "SD1.5", "SDXL")], ids=lambda f: f.model
-)
 modes = pytest.mark.parametrize("mode", ["literal", "linear"])
-
-
-@pytest.fixture
-def case(pack: ModuleType, tiny_model: TinyModel) -> Callable[..., Case]:
-    return lambda family, **more: Case(pack, tiny_model(family.model), family, **more)
 
 
 class Spy:

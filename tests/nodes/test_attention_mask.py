@@ -15,14 +15,11 @@ from torch import Tensor
 
 from host import foreign, stock
 from host.edits import patcher_state
-from host.tapping import FAMILIES, Family
+from host.tapping import FAMILIES, Family, each_of, families
 
 TinyModel = Callable[[str], Any]
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-some_families = pytest.mark.parametrize(
-    "family", [pytest.param(FAMILIES[n], id=n) for n in ("SD3.5-medium", "Flux.2", "Wan", "SD1.5")]
-)
+some_families = each_of("SD3.5-medium", "Flux.2", "Wan", "SD1.5")
 
 
 @pytest.fixture

@@ -14,12 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from host import subjects
-from host.tapping import FAMILIES, Family
+from host.tapping import FAMILIES, Family, few
 
 TinyModel = Callable[[str], Any]
-few = pytest.mark.parametrize(
-    "family", [FAMILIES[n] for n in ("SD3", "Flux", "SD1.5", "SDXL")], ids=lambda f: f.model
-)
 
 
 @pytest.fixture

@@ -14,22 +14,13 @@ from torch import Tensor
 
 from host import stock, tiny_clip
 from host.edits import left_half, patcher_state, soft_ramp
-from host.tapping import COLUMNS, FAMILIES, ROWS, WORDS, Family, Witness
+from host.tapping import COLUMNS, FAMILIES, ROWS, WORDS, Family, Witness, each_of, families, few
 
 TinyModel = Callable[[str], Any]
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 # In Lumina 2 and Z-Image words are mixed by refiners before the picture sees them.
-unrefined = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=name)
-        for name, family in FAMILIES.items()
-        if family.model not in ("lumina2", "zimage")
-    ],
-)
-few = pytest.mark.parametrize(
-    "family", [FAMILIES[name] for name in ("SD3", "Flux", "SD1.5", "SDXL")]
+unrefined = each_of(
+    *(name for name, family in FAMILIES.items() if family.model not in ("lumina2", "zimage"))
 )
 ANN, BEA = [3, 7], [5]
 """Rows of two words."""
@@ -218,7 +209,7 @@ def test_two_words_each_in_its_own_region(
             assert (found[:, :, region > 0][..., columns] > 0).all()
 
 
-@pytest.mark.parametrize("family", [FAMILIES["SD1.5"], FAMILIES["SDXL"]])
+@each_of("SD1.5", "SDXL")
 def test_prompts_of_other_lengths_in_the_same_call(
     confining: ModuleType, tap: ModuleType, tiny_model: TinyModel, family: Family
 ) -> None:
@@ -283,7 +274,7 @@ def test_rows_that_are_known_are_confined_without_a_guider(
     assert not torch.equal(known, velocity(model, family.prompt(1), x))
 
 
-@pytest.mark.parametrize("family", [FAMILIES["SD3"], FAMILIES["Flux"]])
+@each_of("SD3", "Flux")
 def test_source_and_target_still_share_a_call(
     pack: ModuleType, confining: ModuleType, tap: ModuleType, tiny_model: TinyModel, family: Family
 ) -> None:

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from host import stock
 from host.flexips import HIGH, LOW, SIZES, RandomPairs
-from host.tapping import FAMILIES, Family
+from host.tapping import FAMILIES, Family, each_of
 
 TinyModel = Callable[[str], Any]
 Make = Callable[..., Any]
 """Makes a trainer with changed settings."""
 
-families = pytest.mark.parametrize(
-    "family", [pytest.param(FAMILIES[name], id=name) for name in ("SD1.5", "SD3", "Flux")]
-)
+families = each_of("SD1.5", "SD3", "Flux")
 QUICK: dict[str, Any] = dict(steps=4, batch=2, rate=1e-2, warm_up=0, weight_decay=0.0)
 NEVER: dict[str, Any] = dict(drop_subject=0.0, drop_text=0.0, drop_both=0.0)
 

@@ -12,14 +12,11 @@ import pytest
 from torch import nn
 
 from host import stock
-from host.tapping import FAMILIES, Family, Witness
+from host.tapping import FAMILIES, Family, Witness, each_of, families
 
 TinyModel = Callable[[str], Any]
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-with_references = pytest.mark.parametrize(
-    "family", [pytest.param(f, id=name) for name, f in FAMILIES.items() if "reference" in name]
-)
+with_references = each_of(*(name for name in FAMILIES if "reference" in name))
 
 
 @pytest.fixture

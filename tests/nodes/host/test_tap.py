@@ -13,15 +13,12 @@ from torch import Tensor
 
 from host import stock
 from host.edits import patcher_state
-from host.tapping import FAMILIES, Family, Witness
+from host.tapping import FAMILIES, Family, Witness, each_of, families
 
 TinyModel = Callable[[str], Any]
 Proceed = Callable[[Any], Tensor]
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-two_families = pytest.mark.parametrize(
-    "family", [FAMILIES["SD3.5-medium"], FAMILIES["Flux"]], ids=["SD3.5-medium", "Flux"]
-)
+two_families = each_of("SD3.5-medium", "Flux")
 
 
 @pytest.fixture
@@ -108,9 +105,7 @@ def test_values_that_stay_change_nothing_and_others_do(
     assert torch.equal(family.velocity(model), before)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, id=name) for name, f in FAMILIES.items() if "joint" in f.seen[0]]
-)
+@each_of(*(name for name, family in FAMILIES.items() if "joint" in family.seen[0]))
 def test_a_handlers_mask_hides_the_text(
     tap: ModuleType, tiny_model: TinyModel, family: Family
 ) -> None:

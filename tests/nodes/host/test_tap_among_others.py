@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from host import foreign, stock
-from host.tapping import FAMILIES, WORDS, Family, Witness
+from host.tapping import FAMILIES, WORDS, Family, Witness, each_of, families
 
 TinyModel = Callable[[str], Any]
 Proceed = Callable[[Any], Tensor]
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-two_families = pytest.mark.parametrize(
-    "family", [FAMILIES["SD3.5-medium"], FAMILIES["Flux"]], ids=["SD3.5-medium", "Flux"]
-)
+two_families = each_of("SD3.5-medium", "Flux")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import tiny
 from host import stock, tiny_clip
 from host.edits import left_half
 from host.inprocess import Host
-from host.tapping import FAMILIES, WORDS, Family
+from host.tapping import FAMILIES, WORDS, Family, each_of
 
 TinyModel = Callable[[str], Any]
 
@@ -111,13 +111,7 @@ def given(model: Any, x: Tensor, family: Family) -> dict[str, Any]:
     return {key: cond.cond for key, cond in named if key != "c_crossattn"}
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(FAMILIES[name], id=name)
-        for name in ("SD3", "SD3.5-medium", "Flux", "Chroma", "Wan", "SD1.5", "SDXL")
-    ],
-)
+@each_of("SD3", "SD3.5-medium", "Flux", "Chroma", "Wan", "SD1.5", "SDXL")
 def test_gradients_are_right_and_the_same_when_memory_is_saved(
     family: Family, tiny_model: TinyModel, pack: ModuleType
 ) -> None:
