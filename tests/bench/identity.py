@@ -76,7 +76,11 @@ def recipes(total: int) -> dict[str, Recipe | None]:
     """Row -> how it learns; None learns nothing. The baselines get as many steps in all."""
     return {
         "no identity": None,
-        "textual inversion": Recipe({**alone, "token_steps": total, "steps": 0}, masked=False),
+        # A word that has to hold all moves farther.
+        "textual inversion": Recipe(
+            {**alone, "token_steps": total, "steps": 0, "token_rate": 0.1, "update_every": 5},
+            masked=False,
+        ),
         "DreamBooth-LoRA": Recipe(
             # A rare word that stays as it is.
             {**alone, "token_steps": 0, "steps": total, "token_rate": 0.0, "start_word": "sks"},
