@@ -68,7 +68,7 @@ class Case:
         return Panel(self.edits)
 
 
-def cases(lab: Lab, split: str, seed: int, count: int) -> Iterator[Case]:
+def cases(lab: Lab, split: str, seed: int, count: int, batch: int = batch) -> Iterator[Case]:
     """Batches of edits of a split."""
     drawn = edits(split, seed, count)
     for start in range(0, count, batch):

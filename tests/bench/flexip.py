@@ -61,19 +61,22 @@ methods = {
 
 
 class Studio:
-    """The demo model with its image encoders and adapters."""
+    """The demo model with its image encoders and adapters.
 
-    def __init__(self, single: Path):
-        self.lab = Lab("sd3")
+    Args:
+        lab: with the SD3-format model.
+        adapters: files beside the shipped adapter, by name.
+    """
+
+    def __init__(self, lab: Lab, **adapters: Path):
+        self.lab = lab
         host = f"{self.lab.host.pack.__name__}.nodes.host"
         files, self.adapting, self.gates = (
             importlib.import_module(f"{host}.{name}")
             for name in ("adapter_files", "adapting", "gates")
         )
-        self.adapters = {
-            "flexip": files.load_file(weights.flexip_file),
-            "single": files.load_file(single),
-        }
+        chosen = {"flexip": weights.flexip_file, **adapters}
+        self.adapters = {name: files.load_file(file) for name, file in chosen.items()}
         self.encoders = [
             self.lab.run("PinpointLoadImageEncoder", file_name=file.name, activation="auto")[0]
             for file in (weights.low_encoder_file, weights.high_encoder_file)
@@ -233,7 +236,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="a JSON file that keeps finished rows")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    studio = Studio(options.single)
+    studio = Studio(Lab("sd3"), single=options.single)
     rows = run(studio, options)
     report(rows, columns, options.json, f"{notes}\n\n{verdict(rows)}\n\n{overhead(studio)}")
 

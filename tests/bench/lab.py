@@ -8,6 +8,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ from portraits.formats import FORMATS
 Row = dict[str, Any]
 
 
+@cache
+def _base() -> Path:
+    """The folder of this process's ComfyUI, of which there can be one only."""
+    return base.make_base(Path(tempfile.mkdtemp(prefix="pinpoint-bench-")))
+
+
 class Lab:
     """A demo model in a ComfyUI in this process, loaded by stock loaders wherever they can.
 
@@ -30,8 +37,7 @@ class Lab:
     """
 
     def __init__(self, format: str = "sd3") -> None:
-        folder = Path(tempfile.mkdtemp(prefix="pinpoint-bench-"))
-        self.host = inprocess.start(base.make_base(folder))
+        self.host = inprocess.start(_base())
         self.format = format
         if format == "sd3":
             self.model, self.clip, self.vae = self.run(
