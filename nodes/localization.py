@@ -129,6 +129,7 @@ class VelocityMask(io.ComfyNode):
                     advanced=True,
                     tooltip="Percentile of the heat that becomes 1.",
                 ),
+                widgets.remember_source(),
             ],
             outputs=[
                 io.Mask.Output(
@@ -159,11 +160,12 @@ class VelocityMask(io.ComfyNode):
         image: Tensor | None = None,
         clip_low: float = 1.0,
         clip_high: float = 99.0,
+        remember_source: bool = True,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
         samples_latent = arguments.latent_samples(model, latent)
         arguments.require_one_picture_each(image, samples_latent)
-        guider = probing_guider(model, source, target, guidance)
+        guider = probing_guider(model, source, target, guidance, remembers=remember_source)
         heat = velocity_heat(
             guider,
             samples_latent,

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 from torch import Tensor
 
-from .host import arguments
+from .host import arguments, widgets
 from .host.expanding import Link
 from .host.guiding import GuidanceMode, SourceTargetGuider
 from .host.sampling import EditSampler, EditSettings, Method
@@ -24,8 +24,8 @@ class SourceTarget(io.ComfyNode):
             display_name="Source/Target Guider",
             category="pinpoint/edit",
             description=(
-                "Guides an edit by two prompts, the picture as it is and as it shall be, evaluated "
-                "together in one model call a step."
+                "Guides an edit by two prompts, the picture as it is and as it shall be, and "
+                "remembers what the model said of the source."
             ),
             search_aliases=["edit guider", "flowedit guider", "dual prompt guider"],
             inputs=[
@@ -67,6 +67,7 @@ class SourceTarget(io.ComfyNode):
                     optional=True,
                     tooltip="For cfg other than 1; an empty text is usual. Not used when embedded.",
                 ),
+                widgets.remember_source(),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced with an Edit Sampler.")],
         )
@@ -81,11 +82,19 @@ class SourceTarget(io.ComfyNode):
         target_guidance: float,
         guidance_mode: GuidanceMode,
         negative: io.Conditioning.Type | None = None,
+        remember_source: bool = True,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
         return io.NodeOutput(
             SourceTargetGuider(
-                model, source, target, negative, source_guidance, target_guidance, guidance_mode
+                model,
+                source,
+                target,
+                negative,
+                source_guidance,
+                target_guidance,
+                guidance_mode,
+                remembers=remember_source,
             )
         )
 
@@ -274,6 +283,7 @@ class EditWithWords(io.ComfyNode):
                     raw_link=True,
                     tooltip="Where to edit; found automatically if absent.",
                 ),
+                widgets.remember_source(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The edit, for VAE Decode."),
@@ -297,6 +307,7 @@ class EditWithWords(io.ComfyNode):
         mask_blur: int,
         negative: Link | None = None,
         mask: Link | None = None,
+        remember_source: bool = True,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
         graph = GraphBuilder()
@@ -314,6 +325,7 @@ class EditWithWords(io.ComfyNode):
                 dilation=0,
                 blur=mask_blur,
                 seed=0,
+                remember_source=remember_source,
             )
             mask = located.out(0)
         guider = graph.node(
@@ -322,6 +334,7 @@ class EditWithWords(io.ComfyNode):
             source_guidance=source_guidance,
             target_guidance=target_guidance,
             guidance_mode="auto",
+            remember_source=remember_source,
             **({} if negative is None else {"negative": negative}),
         )
         sampler = graph.node(

@@ -5,30 +5,29 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import comfy.patcher_extension
 import comfy.samplers
 import node_helpers
 import torch
-from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from torch import Tensor
 
 from ...kernels import flow
-from . import arguments, families, tap, values
+from . import arguments, families, remembering, tap, values
+from .branches import Branch, Options, guide, predict_apart, predict_together
 
 log = logging.getLogger(__name__)
 
 Conditioning = list[Any]
-Options = dict[str, Any]
 Conds = Sequence[list[dict] | None]
 GuidanceMode = Literal["auto", "cfg", "embedded"]
 
 
 pair_key = "pinpoint_pair"
-"""In `model_options`: marks a call of the guider whose batch is [target rows, source rows]."""
+"""In `model_options`: marks a call of the guider whose batch is [target rows, source rows]; True
+if the source's do not depend on the edit."""
 differing_key = "pinpoint_prompts_differ"
 """In `transformer_options`: set on a model to which the same two prompts are not the same."""
 parts_key = "pinpoint_prompt_parts"
@@ -53,6 +52,8 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         source_guidance: float = 1.0,
         target_guidance: float = 1.0,
         mode: GuidanceMode = "auto",
+        *,
+        remembers: bool = False,
     ):
         """
         Args:
@@ -62,6 +63,9 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             source_guidance, target_guidance: guidance scales.
             mode: "cfg" for classifier-free guidance, "embedded" for models that take guidance as a
                 number (Flux.1-dev), "auto" to choose by the model.
+            remembers: whether what the model says of the source is kept for the next edit of the
+                same picture. Both prompts are then asked apart, so that the answer is the same to
+                the last bit whether the source is remembered or not.
 
         Raises:
             ValueError: not a flow model, or guidance other than 1 without a negative.
@@ -92,6 +96,10 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
                 negative, {"prompt_type": "negative"}
             )
         self.inner_set_conds(conds)
+        self._memory = remembering.memory_of(model)
+        asked_of = (source, negative, self.source_cfg)
+        self._asked_of = asked_of if remembers and remembering.has_content(asked_of) else None
+        self._run: bytes | None = None
 
     def require_model(self, model: ModelPatcher) -> None:
         """Refuse models that this guider cannot guide.
@@ -140,6 +148,10 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             latent_shapes=latent_shapes,
         )
         self._evaluated_source = False
+        if self._asked_of:
+            # All that may be in prepared conditionings.
+            given = (*self._asked_of, noise, clean, denoise_mask, seed)
+            self._run = remembering.digest(given)
         try:
             edited = super().inner_sample(
                 noise,
@@ -172,7 +184,13 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         return [key.removeprefix("source_") for key in keys]
 
     def velocities(
-        self, target: Tensor, source: Tensor, sigma: float, extra_args: dict[str, Any]
+        self,
+        target: Tensor,
+        source: Tensor,
+        sigma: float,
+        extra_args: dict[str, Any],
+        *,
+        source_stays: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Guided velocities of both prompts, each at its own latent.
 
@@ -180,9 +198,10 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             target, source: latents at `sigma` in the model's space, same shape (B, C, ..., H, W).
             sigma: in (0, 1].
             extra_args: what ComfyUI hands to a sampler ("model_options", "seed").
+            source_stays: whether another edit would ask the same of the source.
         """
         options = create_model_options_clone(extra_args["model_options"])
-        options[pair_key] = True
+        options[pair_key] = source_stays
         x = torch.cat([target, source])
         denoised = self(x, x.new_full((len(x),), sigma), options, extra_args.get("seed"))
         return flow.velocity(x, denoised, sigma).chunk(2)
@@ -226,15 +245,39 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             self._branch(self.conds, target, sigma, self.target_cfg, options),
             self._branch(self.source_conds, source, sigma, self.source_cfg, options),
         ]
+        if model_options[pair_key] and self._remembers(options):
+            return self._predict_remembering(branches, sigma, options)
         options = _with_sources(options, branches[1].conds, branches[0].conds)
-        predicted = _predict_together if self._can_share_a_call(options) else _predict_apart
+        predicted = predict_together if self._can_share_a_call(options) else predict_apart
         outputs = predicted(self.inner_model, branches, sigma, options)
         # The target last: samplers with CFG++ keep what they saw last.
         guided = [
-            _guide(self.inner_model, branch, output, sigma, options)
+            guide(self.inner_model, branch, output, sigma, options)
             for branch, output in zip(branches[::-1], outputs[::-1], strict=True)
         ]
         return torch.cat(guided[::-1])
+
+    def _remembers(self, options: Options) -> bool:
+        return self._run is not None and remembering.is_repeatable(options)
+
+    def _predict_remembering(
+        self, branches: list[Branch], sigma: Tensor, options: Options
+    ) -> Tensor:
+        """Both branches, each asked alone, the source only if it has not been asked before."""
+        target, source = branches
+        schedule = options["transformer_options"].get("sample_sigmas")
+        key = remembering.digest([self._run, source.x, sigma, schedule])
+        known = self._memory.get(key)
+        if known is None:
+            known = self._predict_alone(source, sigma, _with_sources(options, source.conds))
+            self._memory.keep(key, known)
+        own = self._predict_alone(target, sigma, _with_sources(options, [], target.conds))
+        return torch.cat([own, known.to(own)])
+
+    def _predict_alone(self, branch: Branch, sigma: Tensor, options: Options) -> Tensor:
+        predicted = predict_together if self._can_share_a_call(options) else predict_apart
+        (outputs,) = predicted(self.inner_model, [branch], sigma, options)
+        return guide(self.inner_model, branch, outputs, sigma, options)
 
     def _branch(
         self, conds: dict[str, list[dict]], x: Tensor, sigma: Tensor, cfg: float, options: Options
@@ -266,20 +309,6 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         return not any("area" in entry or "control" in entry for entry in entries)
 
 
-@dataclass
-class Branch:
-    """One prompt at one latent: its conditionings (negative None = not needed) and scale."""
-
-    x: Tensor
-    positive: list[dict]
-    negative: list[dict] | None
-    cfg: float
-
-    @property
-    def conds(self) -> list[list[dict] | None]:
-        return [self.positive, self.negative]
-
-
 def _with_sources(options: Options, sources: Conds, targets: Conds = ()) -> Options:
     """Options that tell attention handlers which conditionings are the source's."""
     inner = dict(options["transformer_options"])
@@ -300,75 +329,6 @@ def _uuids(conds: Conds) -> list[Any]:
 def _text_shape(conds: list[dict]) -> list[torch.Size]:
     texts = [entry["model_conds"].get("c_crossattn") for entry in conds]
     return [text.cond.shape for text in texts if text is not None]
-
-
-def _predict_together(
-    model: BaseModel, branches: list[Branch], sigma: Tensor, options: Options
-) -> list[list[Tensor]]:
-    """All branches in one call: ComfyUI batches the conditionings, we exchange the latents.
-
-    The exchange happens outside of every other wrapper of the model call, so that each sees the
-    rows as the model will. `cond_or_uncond` is mapped back to 0 and 1, the values that patches of
-    other packs know.
-    """
-    latents = {c["uuid"]: b.x for b in branches for conds in b.conds for c in conds or ()}
-    inner: Callable | None = options.get("model_function_wrapper")
-
-    def exchange_rows(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        c = dict(args["c"])
-        uuids = c["transformer_options"]["uuids"]
-        kinds = [index % 2 for index in args["cond_or_uncond"]]
-        c["transformer_options"] = {**c["transformer_options"], "cond_or_uncond": kinds}
-        rows = torch.cat([latents[uuid] for uuid in uuids])
-        args = {**args, "input": rows, "c": c, "cond_or_uncond": kinds}
-        if inner is not None:
-            return inner(apply_model, args)
-        return apply_model(args["input"], args["timestep"], **c)
-
-    paired = {**options, "model_function_wrapper": exchange_rows}
-    conds = [cond for branch in branches for cond in branch.conds]
-    out = comfy.samplers.calc_cond_batch(model, conds, branches[0].x, sigma, paired)
-    return [out[0:2], out[2:4]]
-
-
-def _predict_apart(
-    model: BaseModel, branches: list[Branch], sigma: Tensor, options: Options
-) -> list[list[Tensor]]:
-    """One call for each branch, as the stock guider makes it; the source, which comes last in the
-    list, first, because the target may need what it leaves behind.
-    """
-    custom = options.get("sampler_calc_cond_batch_function")
-    if custom is None:
-        outputs = [
-            comfy.samplers.calc_cond_batch(model, b.conds, b.x, sigma, options)
-            for b in branches[::-1]
-        ]
-    else:
-        shared = {"sigma": sigma, "model": model, "model_options": options}
-        outputs = [custom({"conds": b.conds, "input": b.x, **shared}) for b in branches[::-1]]
-    return outputs[::-1]
-
-
-def _guide(
-    model: BaseModel, branch: Branch, out: list[Tensor], sigma: Tensor, options: Options
-) -> Tensor:
-    """Classifier-free guidance with the pre- and post-CFG hooks of other packs."""
-    args = {"conds": branch.conds, "cond_scale": branch.cfg, "timestep": sigma, "sigma": sigma}
-    for hook in options.get("sampler_pre_cfg_function", []):
-        out = hook(
-            {**args, "conds_out": out, "input": branch.x, "model": model, "model_options": options}
-        )
-    return comfy.samplers.cfg_function(
-        model,
-        out[0],
-        out[1],
-        branch.cfg,
-        branch.x,
-        sigma,
-        model_options=options,
-        cond=branch.positive,
-        uncond=branch.negative,
-    )
 
 
 def _require_negative(

@@ -99,7 +99,12 @@ def _require_signal(difference: float, speed: float) -> None:
 
 
 def probing_guider(
-    model: ModelPatcher, source: Conditioning, target: Conditioning, guidance: float
+    model: ModelPatcher,
+    source: Conditioning,
+    target: Conditioning,
+    guidance: float,
+    *,
+    remembers: bool = False,
 ) -> SourceTargetGuider:
     """A guider for `velocity_heat` that spends nothing on classifier-free guidance.
 
@@ -108,7 +113,7 @@ def probing_guider(
     change it. Guidance that is embedded in the model does matter and is passed on.
     """
     scale = guidance if families.has_embedded_guidance(model) else 1.0
-    return SourceTargetGuider(model, source, target, None, scale, scale)
+    return SourceTargetGuider(model, source, target, None, scale, scale, remembers=remembers)
 
 
 def velocity_heat(guider: SourceTargetGuider, latent: Tensor, settings: HeatSettings) -> Tensor:

@@ -79,6 +79,7 @@ _slice = re.compile(r"^(?:slice\d+|slices\.\d+)\.")
 def _fill(backbone: nn.Module, path: Path) -> None:
     """Copy torchvision's weights into the slices that LPIPS cuts a backbone into."""
     try:
+        # Nobody publishes all three as safetensors; read like this, a file can hold tensors only.
         weights = torch.load(path, map_location="cpu", weights_only=True)
         found = {
             name: weights[_slice.sub("features.", name)].float() for name in backbone.state_dict()

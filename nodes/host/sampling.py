@@ -207,7 +207,9 @@ class _Run:
             self.anchor_noise = self._noise()
             self.latent = flow.noised(self.source, self.anchor_noise, sigma) + self.delta
         if self.settings.method == "FocusFlow as published":
-            both = self.guider.velocities(self.latent, self.latent, sigma, self.extra_args)
+            both = self.guider.velocities(
+                self.latent, self.latent, sigma, self.extra_args, source_stays=False
+            )
             self.latent = flow.blended_step(self.latent, *both, mask, step)
             return self.latent
         x = flow.anchored(self.latent, self.source, self.anchor_noise, mask, sigma)

@@ -35,6 +35,22 @@ def method() -> io.Combo.Input:
     )
 
 
+def remember_source() -> io.Boolean.Input:
+    """Whether a second edit of the same picture is to cost half."""
+    return io.Boolean.Input(
+        "remember_source",
+        default=True,
+        optional=True,
+        advanced=True,
+        tooltip=(
+            "Keep what the model says of the source: with the same picture, source prompt, steps "
+            "and seed the next edit asks it for the target only. Takes a latent of main memory a "
+            "step (1 MB at 1024 px), 256 MB at most, freed with the model. Off: both prompts share "
+            "one call."
+        ),
+    )
+
+
 def trend(name: str, tooltip: str) -> io.Combo.Input:
     """Chooses how a strength changes while it acts."""
     return io.Combo.Input(

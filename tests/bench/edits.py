@@ -104,6 +104,7 @@ def velocity_masks(lab: Lab, model: Any, case: Case) -> tuple[Tensor, Tensor]:
         dilation=0,
         blur=0,
         seed=case.seed,
+        remember_source=False,
     )
     return soft, hard
 
@@ -154,6 +155,8 @@ def sample_edit(
         source_guidance=guidance[0],
         target_guidance=guidance[1],
         guidance_mode="auto",
+        # Methods are compared on the same cases, and each is to pay for its own.
+        remember_source=False,
     )
     (sigmas,) = lab.run("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
     (noise,) = lab.run("RandomNoise", noise_seed=seed)

@@ -132,6 +132,7 @@ def two_prompts(lab: Lab, model: Any) -> Any:
         source_guidance=1.5,
         target_guidance=5.5,
         guidance_mode="auto",
+        remember_source=False,
     )
     return guider
 

@@ -142,6 +142,7 @@ def sampled(
         source_guidance=1.0,
         target_guidance=scale,
         guidance_mode="auto",
+        remember_source=False,
     )
     return lab.sampled(noise, guider, sampler, sigmas, case.latent)
 

@@ -65,6 +65,7 @@ class Edit:
     source_guidance: float = 1.5
     target_guidance: float = 4.0
     guidance_mode: str = "cfg"
+    remember_source: bool = True
     schedule: Tensor | None = None
     """Sigmas in place of a scheduler's."""
 
@@ -74,7 +75,7 @@ class Edit:
 
     def guider_widgets(self) -> dict[str, Any]:
         """The values of the Source/Target Guider's widgets."""
-        names = ("source_guidance", "target_guidance", "guidance_mode")
+        names = ("source_guidance", "target_guidance", "guidance_mode", "remember_source")
         return {name: getattr(self, name) for name in names}
 
     def sampler_widgets(self) -> dict[str, Any]:
