@@ -85,11 +85,10 @@ class Studio:
     def subject(self, person: Portrait) -> Any:
         """A person's portrait as the encoders see it."""
         low, high = self.encoders
-        node: Any = self.lab.host.nodes["PinpointEncodeSubject"]
-        given = {i.id: i.default for i in node.GET_SCHEMA().inputs if hasattr(i, "default")}
         image = pictures([person]).movedim(1, -1).float() / 255
-        given |= {"image": image, "low_encoder": low, "high_encoder": high}
-        return self.lab.run("PinpointEncodeSubject", **given)[0]
+        given = {"image": image, "low_encoder": low, "high_encoder": high}
+        widgets = self.lab.defaults("PinpointEncodeSubject")
+        return self.lab.run("PinpointEncodeSubject", **widgets, **given)[0]
 
     def model(self, method: Method, subject: Any, dial: float) -> Any:
         """The model with an adapter at one place of its dial."""

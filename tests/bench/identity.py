@@ -184,17 +184,10 @@ def peak_memory(every: float = 0.02) -> Iterator[list[float]]:
         grown.append((max(seen, default=before) - before) / 2**20)
 
 
-def defaults(lab: Lab) -> dict[str, Any]:
-    """The values of Learn Identity's widgets."""
-    node: Any = lab.host.nodes["PinpointLearnIdentity"]
-    inputs = node.GET_SCHEMA().inputs
-    return {i.id: i.default for i in inputs if getattr(i, "default", None) is not None}
-
-
 def learn(lab: Lab, picture: Tensor, mask: Tensor | None, widgets: dict[str, Any]) -> tuple:
     """An identity from a picture (1, 3, H, W), and what learning it cost."""
     given = {
-        **defaults(lab),
+        **lab.defaults("PinpointLearnIdentity"),
         "model": lab.model,
         "clip": lab.clip,
         "vae": lab.vae,
@@ -370,7 +363,7 @@ def main() -> None:
     options = parser.parse_args()
     lab = Lab(options.format)
     lab.clip = shallow_clip(options.format)
-    widgets = defaults(lab)
+    widgets = lab.defaults("PinpointLearnIdentity")
     chosen = recipes(widgets["token_steps"] + widgets["steps"])
     report(run(lab, options, chosen), columns, options.json, notes)
 

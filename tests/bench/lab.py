@@ -66,6 +66,12 @@ class Lab:
                 return node.execute(**inputs).args
             return getattr(node(), node.FUNCTION)(**inputs)
 
+    def defaults(self, node_id: str) -> dict[str, Any]:
+        """The values of a node's widgets as it comes."""
+        node: Any = self.host.nodes[node_id]
+        inputs = node.GET_SCHEMA().inputs
+        return {i.id: i.default for i in inputs if getattr(i, "default", None) is not None}
+
     def prompts(self, texts: Sequence[str]) -> list:
         """One CONDITIONING whose rows are the prompts.
 
