@@ -86,16 +86,17 @@ class Words:
         _require_trained(_projection(self.tower), self.name)
 
     def embedding(self, text: str, input_name: str) -> Tensor:
-        """(C,), projected to where pictures are.
+        """(C,), projected to where pictures are, of what a CLIP reads at once.
 
         Raises:
-            ValueError: the text is longer than what a CLIP reads at once.
+            ValueError: values that are not finite.
         """
         tokens = self.clip.tokenize(text)
         parts = tokens[self.name.removeprefix("clip_")]
         if len(parts) > 1:
-            raise ValueError(
-                f"{input_name} is longer than the 77 tokens that CLIP reads at once: shorten it"
+            progress.warn(
+                f"{input_name} is longer than the 77 tokens that CLIP reads at once, so its end "
+                "does not count: shorten it"
             )
         self.clip.load_model(tokens)
         model, device = self.clip.cond_stage_model, self.clip.patcher.load_device

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import pickle
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import comfy.model_management
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...kernels.scores import Distance
+from . import adapters
 
 folder = "lpips"
 Net = Literal["alex", "vgg", "squeeze"]
@@ -25,6 +28,8 @@ BACKBONES: dict[Net, str] = {
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
 """Names under which torchvision keeps its weights."""
+activations = 400
+"""Values for each pixel that the largest network, vgg, has in memory at once."""
 _source = "https://download.pytorch.org/models"
 
 
@@ -51,21 +56,29 @@ def load(net: Net) -> Distance:
     Raises:
         ValueError: the backbone's file is missing or damaged.
     """
-    # Imported late: torchmetrics takes a second, and only these nodes need it.
-    from torchmetrics.functional.image.lpips import _LPIPS
-
     path = path_to(net)
-    network = _LPIPS(net=net, pnet_rand=True)
-    _fill(network.net, path)
-    device = comfy.model_management.get_torch_device()
-    network.to(device)
+    patcher = _read(net, path, path.stat().st_mtime_ns)
 
     def distance(a: Tensor, b: Tensor, as_map: bool) -> Tensor:
-        network.spatial = as_map
-        found: Tensor = network(a.to(device), b.to(device))
+        room = 4 * activations * (a.nelement() // a.shape[1] + b.nelement() // b.shape[1])
+        comfy.model_management.load_models_gpu([patcher], memory_required=room)
+        patcher.model.spatial = as_map
+        device = patcher.load_device
+        found: Tensor = patcher.model(a.to(device), b.to(device))
         return found.to(a.device)
 
     return distance
+
+
+@lru_cache(maxsize=1)
+def _read(net: Net, path: Path, _written: int) -> ModelPatcher:
+    """A network of which ComfyUI decides where it lies; the last one is kept (60 MB at most)."""
+    # Imported late: torchmetrics takes a second, and only these nodes need it.
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    network = _LPIPS(net=net, pnet_rand=True)
+    _fill(network.net, path)
+    return adapters.patcher(network)
 
 
 _damages = (

@@ -2,9 +2,9 @@
 
     python tests/bench/report.py --json tests/bench/results/report.json
 
-One edit of each attribute, one at a time. Settings are those of the demo workflows, and of `tests/bench/sculptor.py` and `null_text.py` for what goes through an
-inversion. Writes a JPEG beside the JSON file. The figures of many portraits are in each method's
-own bench.
+One edit of each attribute, one at a time. Settings are those of the demo workflows, and those of
+`tests/bench/sculptor.py` and `null_text.py` for what goes through an inversion. Writes a JPEG
+beside the JSON file. The figures of many portraits are in each method's own bench.
 """
 
 from __future__ import annotations
