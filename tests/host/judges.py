@@ -15,6 +15,8 @@ from torch import Tensor
 
 from portraits.dataset import edits, pictures
 
+from .photographs import astronaut, through_jpeg
+
 side, patch, width = 56, 14, 128
 
 
@@ -113,6 +115,15 @@ def drawn_pictures() -> tuple[Tensor, Tensor, Tensor]:
     region = torch.zeros(1, 128, 128)
     region[:, :40, 30:100] = 1
     return a, b, region
+
+
+def photographs() -> tuple[Tensor, Tensor, Tensor]:
+    """A photograph, what a JPEG keeps of it in another light, and a region around the face."""
+    image = astronaut(128)
+    other = through_jpeg((image * 0.9 + 0.03).clamp(0, 1))
+    region = torch.zeros(1, 128, 128)
+    region[:, 5:75, 30:90] = 1
+    return image.movedim(-1, 1), other.movedim(-1, 1), region
 
 
 def backbone(net: str, folder: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from host import judges
-from host.judges import drawn_pictures, random_pictures
+from host.judges import drawn_pictures, photographs, random_pictures
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,7 @@ def scores(pack: ModuleType) -> ModuleType:
 PAIRS: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {
     "random": random_pictures,
     "portraits": drawn_pictures,
+    "photographs": photographs,
 }
 pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 

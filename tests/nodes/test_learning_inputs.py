@@ -11,6 +11,7 @@ import torch
 
 from host import lessons, stock, tiny_clip
 from host.lessons import PICTURE, Learned, assert_same
+from host.photographs import astronaut
 
 QUICK: dict[str, Any] = dict(token_steps=1, steps=0)
 
@@ -27,6 +28,28 @@ def test_learns_from_all_kinds_of_pictures(learned: Learned, shapes: list[tuple[
     assert identity.lora
     assert preview.shape == (1, *shapes[0][1:3], 3)
     assert torch.isfinite(preview).all()
+
+
+def test_a_photograph_is_learned_and_worn(learned: Learned, tiny_model: Any) -> None:
+    image = astronaut(128)
+    face = torch.zeros(1, 128, 128)
+    face[:, 5:75, 30:90] = 1
+    identity, preview, curve, report = learned(image, mask=face, steps=4, token_steps=4)
+    assert torch.isfinite(preview).all()
+    assert torch.isfinite(curve).all()
+    assert lessons.number_in(report, r"([\d.]+) at the end") > 0
+    model, clip = stock.call(
+        "PinpointApplyIdentity",
+        model=tiny_model("sd3_bare"),
+        clip=tiny_clip.clip(),
+        identity=identity,
+        strength=1.0,
+        name="",
+        mask=face,
+    )
+    assert model.patches
+    text = stock.call("CLIPTextEncode", clip=clip, text="a <ann> person with a hat")[0][0][0]
+    assert torch.isfinite(text).all()
 
 
 def test_transparent_places_are_white(learned: Learned) -> None:
