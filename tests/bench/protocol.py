@@ -94,6 +94,23 @@ def protocol_of(given: argparse.Namespace) -> Protocol:
     return Protocol(found.name, found.cases[: given.count], found.scores, found.attributes)
 
 
+def methods_of(given: argparse.Namespace) -> list[Path]:
+    """The files of workflows.
+
+    Raises:
+        ProtocolError: two have one name, which their rows could not be told apart by.
+    """
+    files = given.workflow or [WORKFLOWS / f"{name}.json" for name in shipped[given.layout]]
+    named: dict[str, Path] = {}
+    for file in files:
+        if file.stem in named:
+            raise ProtocolError(
+                f"--workflow {named[file.stem]} and {file} have one name: rename one of them"
+            )
+        named[file.stem] = file
+    return files
+
+
 @contextmanager
 def connected(given: argparse.Namespace) -> Iterator[Client]:
     """The server that was named, or one of our own with the shipped models."""
@@ -133,8 +150,8 @@ def _hash(text: str) -> str:
 def main() -> int:
     """Run a protocol, or go on with it."""
     given = options()
-    files = given.workflow or [WORKFLOWS / f"{name}.json" for name in shipped[given.layout]]
     try:
+        files = methods_of(given)
         protocol = protocol_of(given)
         store = Store(given.output, about(given, protocol, files))
         if given.retry:

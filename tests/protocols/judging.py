@@ -14,7 +14,7 @@ from host import cases as places
 from host.client import Client
 from host.graphs import NodeGraph, Wire
 
-from .cases import Case, opened, scaled
+from .cases import Case, opened
 
 Scores = dict[str, float | None]
 clip_side = 224
@@ -43,6 +43,9 @@ def score(
 ) -> Scores:
     """What Edit Score says of an edit; for a subject, the mean over its pictures.
 
+    Args:
+        source, edited: of the same size, unless the case has pictures of a subject.
+
     Raises:
         BadCase: a picture or mask that cannot be opened.
         PromptRejected, PromptFailed, PromptInterrupted: as the server says.
@@ -54,9 +57,7 @@ def score(
             ImageOps.fit(opened(path), edited.size, Image.Resampling.LANCZOS)
             for path in case.references
         ]
-    elif edited.size != source.size:
-        edited = scaled(edited, source.size)
-    mask = case.mask(source.size) if case.mask and not case.references else None
+    mask = None if case.references else case.mask_at(source.size)
     graph = NodeGraph()
     batch = _loaded(client, graph, compared, "source")
     edits = _loaded(client, graph, [edited], "edited")

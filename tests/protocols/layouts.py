@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from .cases import Case, Protocol, ProtocolError, Size, opened, scaled
+from .cases import Case, Protocol, ProtocolError, Size, opened_mask
 
 PIE_TYPES = (
     "random",
@@ -132,7 +132,7 @@ def portraits(folder: Path) -> Protocol:
                     source_prompt=item["source_prompt"],
                     target_prompt=item["target_prompt"],
                     group=item["attribute"],
-                    mask=partial(_mask_file, mask) if mask else None,
+                    mask=partial(opened_mask, mask) if mask else None,
                     attribute=item["attribute"],
                     value=_one_of(item["value"], said["attributes"][item["attribute"]]),
                     drawn=item.get("drawn"),
@@ -193,10 +193,6 @@ LAYOUTS: dict[str, Callable[[Path], Protocol]] = {
     "portraits": portraits,
     "subjects": subjects,
 }
-
-
-def _mask_file(path: Path, size: Size) -> Image.Image:
-    return scaled(opened(path), size).convert("L")
 
 
 def _without_brackets(prompt: str) -> str:

@@ -13,7 +13,7 @@ from host.client import Client
 from host.prompts import PromptFailed, PromptInterrupted
 
 from . import drawn, judging, page, summary
-from .cases import BadCase, Case, Protocol, limited, opened, scaled
+from .cases import BadCase, Case, Protocol, at_size_of, limited, opened, scaled
 from .judging import Judges
 from .running import Method
 from .store import Key, Row, Store
@@ -83,8 +83,10 @@ class Run:
 
     def _score(self, client: Client, case: Case, file: Path) -> judging.Scores:
         source, edit = self._source(case), opened(file)
+        if not case.references:
+            edit = at_size_of(source, edit)
         found = judging.score(client, self.judges, case, source, edit)
-        seen = self._words(client, case, source, scaled(edit, source.size))
+        seen = self._words(client, case, source, edit)
         return {**found, **judging.attribute_scores(case, *seen)} if seen else found
 
     def _words(

@@ -137,6 +137,15 @@ def test_a_server_that_is_not_there_is_named(
     assert "No ComfyUI answers at http://127.0.0.1:9" in capsys.readouterr().err
 
 
+def test_workflows_of_one_name_are_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "sdedit.json"
+    assert run("focusflow", tmp_path / "out", "--workflow", str(other)) == 1
+    assert f"sdedit.json and {other} have one name: rename" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_judges_that_are_not_there_stop_the_run(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
