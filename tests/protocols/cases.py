@@ -30,6 +30,7 @@ class Case:
     Attributes:
         id: unique in its protocol, and a relative path.
         image: the source, or the subject that a new picture shall show.
+        instruction: for models that are told what to do instead of what shall be.
         group: for summaries of a part: an edit type, a subject.
         mask: makes the mask at the picture's own size, 255 = edit; see `mask_at`.
         references: all pictures of the subject.
@@ -42,6 +43,7 @@ class Case:
     image: Path
     source_prompt: str
     target_prompt: str
+    instruction: str = ""
     group: str = ""
     mask: Callable[[Size], Image.Image] | None = None
     references: tuple[Path, ...] = ()

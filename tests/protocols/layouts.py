@@ -52,6 +52,7 @@ def pie_bench(folder: Path) -> Protocol:
                     image=folder / "annotation_images" / item["image_path"],
                     source_prompt=_without_brackets(item["original_prompt"]),
                     target_prompt=_without_brackets(item["editing_prompt"]),
+                    instruction=item.get("editing_instruction", ""),
                     group=PIE_TYPES[int(item["editing_type_id"])],
                     mask=partial(mask_of_runs, item["mask"]),
                 )

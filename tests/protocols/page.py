@@ -44,7 +44,7 @@ def _summary(found: Sequence[Figure], failed: dict[str, int]) -> str:
     lines = [
         f"<tr><td>{html.escape(one.score)} {one.unit}</td><td>{html.escape(one.method)}</td>"
         f"<td>{one.count}</td><td>{one.mean:.4g}</td><td>{one.median:.4g}</td>"
-        f"<td>{one.low:.4g} to {one.high:.4g}</td></tr>"
+        f"<td>{one.spread}</td></tr>"
         for one in found
     ]
     lines += [

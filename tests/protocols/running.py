@@ -13,6 +13,7 @@ from PIL import Image
 
 from host import cases as places
 from host.client import Client
+from host.filling import CaseError, fill_in
 from host.prompts import Graph
 
 from .cases import BadCase, Case, ProtocolError
@@ -34,7 +35,8 @@ class Method:
         """Read a workflow, saved either way.
 
         Raises:
-            ProtocolError: it is no workflow, or it is not clear which picture is the edit.
+            ProtocolError: it is no workflow, it is not clear which picture is the edit, or it has
+                no place for the picture, the prompts or the seed.
         """
         try:
             said = json.loads(file.read_text("utf-8"))
@@ -50,7 +52,17 @@ class Method:
                 f"{file} saves {len(savers)} pictures: give the edit's Save Image the "
                 f"filename_prefix {_edit}"
             )
-        return cls(file.stem, graph, *(named or savers))
+        method = cls(file.stem, graph, *(named or savers))
+        method._try_on()
+        return method
+
+    def _try_on(self) -> None:
+        """Fill in a case that has everything, so that what is missing is said before a run."""
+        whole = places.Case(Image.new("RGB", (1, 1)), "source", "target", "instruction")
+        try:
+            fill_in(copy.deepcopy(self.graph), whole, "picture.png", 0, strict=True)
+        except CaseError as error:
+            raise ProtocolError(f"{self.name}: {error}") from None
 
     def edit(
         self, client: Client, case: Case, source: Image.Image, seed: int, timeout: float
@@ -58,17 +70,17 @@ class Method:
         """The edited picture and the seconds that it took.
 
         Raises:
-            BadCase: the workflow saves another number of pictures than one.
-            ProtocolError: it has no place for the picture or for any prompt.
+            BadCase: the workflow saves another number of pictures than one, or needs a text that
+                the case has not.
             PromptRejected, PromptFailed, PromptInterrupted: as the server says.
         """
         (name,) = places.upload(client, {"pinpoint_protocol.png": source})
         graph = copy.deepcopy(self.graph)
-        filled = places.Case(source, case.source_prompt, case.target_prompt)
+        told = places.Case(source, case.source_prompt, case.target_prompt, case.instruction)
         try:
-            places.fill_in(graph, filled, name, seed)
-        except places.CaseError as error:
-            raise ProtocolError(f"{self.name}: {error}") from None
+            fill_in(graph, told, name, seed, strict=True)
+        except CaseError as error:
+            raise BadCase(f"{self.name}: {error}") from None
         started = time.monotonic()
         outputs = client.run(graph, timeout=timeout)
         seconds = time.monotonic() - started

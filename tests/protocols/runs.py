@@ -16,7 +16,7 @@ from . import drawn, judging, page, summary
 from .cases import BadCase, Case, Protocol, at_size_of, limited, opened, scaled
 from .judging import Judges
 from .running import Method
-from .store import Key, Row, Store
+from .store import Row, Store
 
 failures = (BadCase, PromptFailed, PromptInterrupted)
 """What one case can suffer while the others go on."""
@@ -111,21 +111,30 @@ class Run:
         """Print the summary, write it, and write the page."""
         wanted = {case.id: case for case in self.protocol.cases}
         rows = {key: row for key, row in self.store.rows("scores").items() if key[1] in wanted}
-        found = self._figures(rows, wanted)
-        table = summary.table(found)
+        good = summary.shared(rows.values())
+        found = self._figures(good, wanted)
         failed = summary.errors(rows.values())
-        print("\n".join([table, *(f"{method}: {n} errors" for method, n in failed.items() if n)]))
+        common = len({row["case"] for row in good})
+        text = "\n".join(
+            [
+                f"Over the {common} of {len(wanted)} cases that every method has made:\n",
+                summary.table(found) + "\n",
+                *(f"{method}: {number} errors" for method, number in failed.items() if number),
+            ]
+        )
+        print(text)
         folder = self.store.folder
-        (folder / "summary.md").write_text(f"`{command}`\n\n{table}\n", "utf-8")
+        (folder / "summary.md").write_text(f"`{command}`\n\n{text}\n", "utf-8")
         groups: dict[str, list[str]] = {}
         for case in wanted.values():
             groups.setdefault(case.group, []).append(case.id)
         written = {
             "command": command,
+            "cases": common,
             "errors": failed,
             "all": [asdict(figure) for figure in found],
             "groups": {
-                name: [asdict(figure) for figure in self._figures(rows, ids)]
+                name: [asdict(figure) for figure in self._figures(good, ids)]
                 for name, ids in groups.items()
             },
         }
@@ -133,7 +142,9 @@ class Run:
         made = page.write(self.store, self.protocol, command, rows, found)
         print(made.absolute())
 
-    def _figures(self, rows: dict[Key, Row], ids: Iterable[str]) -> list[summary.Figure]:
+    def _figures(self, rows: Iterable[Row], ids: Iterable[str]) -> list[summary.Figure]:
+        # Edits of one picture, or of one subject, turn out alike.
+        clusters = {case.id: str(case.image) for case in self.protocol.cases}
         chosen = set(ids)
-        some = [row for (_, name), row in rows.items() if name in chosen]
-        return summary.figures(some, self.protocol.scores)
+        some = [row for row in rows if row["case"] in chosen]
+        return summary.figures(some, self.protocol.scores, clusters)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from .store import Row
 
@@ -24,6 +23,8 @@ published = {
 }
 """Score, or the last word of its name -> what it is multiplied by where papers print it."""
 resamples, confidence = 2000, 0.95
+fewest_clusters = 5
+"""Of fewer, resampling says nothing of how far a median is off."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Figure:
     """A score of a method over the cases in which it is defined, as papers scale it.
 
     Attributes:
-        low, high: of the median's confidence interval (percentile bootstrap).
+        low, high: of the median's confidence interval; None where there are too few pictures.
     """
 
     method: str
@@ -40,22 +41,50 @@ class Figure:
     count: int
     mean: float
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    @property
+    def spread(self) -> str:
+        """The interval for people."""
+        return "" if self.low is None else f"{self.low:.4g} to {self.high:.4g}"
 
 
-def figures(rows: Iterable[Row], scores: Sequence[str]) -> list[Figure]:
-    """Every method's figures, in the order of the scores; rows with errors count nowhere."""
-    good = [row for row in rows if not row.get("error")]
-    methods = list(dict.fromkeys(row["method"] for row in good))
+def shared(rows: Iterable[Row]) -> list[Row]:
+    """The rows of the cases that every method has made without an error, for a fair comparison.
+
+    A method that has made none is left out.
+    """
+    made: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if not row.get("error"):
+            made.setdefault(row["method"], {})[row["case"]] = row
+    common = set.intersection(*map(set, made.values())) if made else set()
+    return [row for own in made.values() for case, row in own.items() if case in common]
+
+
+def figures(
+    rows: Sequence[Row], scores: Sequence[str], clusters: Mapping[str, str]
+) -> list[Figure]:
+    """Every method's figures, in the order of the scores.
+
+    Args:
+        rows: without errors.
+        clusters: case -> what it shares with others, so that they are not independent.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     found = []
     for score in (*scores, "seconds"):
         factor, unit = scale(score)
         for method in methods:
-            own = [row["scores"].get(score) for row in good if row["method"] == method]
-            values = np.array([value * factor for value in own if value is not None])
-            if len(values):
-                low, high = interval(values)
+            own = {
+                row["case"]: value * factor
+                for row in rows
+                if row["method"] == method and (value := row["scores"].get(score)) is not None
+            }
+            if own:
+                values = np.array([*own.values()])
+                low, high = interval(values, [clusters[case] for case in own])
                 middle = float(np.median(values))
                 mean = float(values.mean())
                 found.append(Figure(method, score, unit, len(values), mean, middle, low, high))
@@ -67,19 +96,27 @@ def scale(score: str) -> tuple[float, str]:
     return published.get(score) or published.get(score.split()[-1], (1.0, ""))
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The confidence interval of a median; a point where all values are the same."""
-    if len(np.unique(values)) == 1:
-        return float(values[0]), float(values[0])
-    found = stats.bootstrap(
-        (values,),
-        np.median,
-        n_resamples=resamples,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+def interval(
+    values: np.ndarray, clusters: Sequence[str]
+) -> tuple[float, float] | tuple[None, None]:
+    """The confidence interval of a median: percentile bootstrap over whole clusters of values.
+
+    Undefined (None) for fewer than `fewest_clusters`.
+    """
+    order = np.argsort(values)
+    names, of_value = np.unique(np.asarray(clusters)[order], return_inverse=True)
+    count = len(names)
+    if count < fewest_clusters:
+        return None, None
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    # How many values there are up to each, in order, in each sample: two of them are the middle.
+    ranks = drawn[:, of_value].cumsum(1)
+    total = ranks[:, -1:]
+    middle = [(ranks > place).argmax(1) for place in ((total - 1) // 2, total // 2)]
+    medians = values[order][np.stack(middle)].mean(0)
+    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def table(found: Sequence[Figure]) -> str:
@@ -91,7 +128,7 @@ def table(found: Sequence[Figure]) -> str:
     for one in found:
         numbers = (f"{value:.4g}" for value in (one.mean, one.median))
         cells = [f"{one.score} {one.unit}".rstrip(), one.method, str(one.count), *numbers]
-        lines.append("| " + " | ".join([*cells, f"{one.low:.4g} to {one.high:.4g}"]) + " |")
+        lines.append("| " + " | ".join([*cells, one.spread]) + " |")
     return "\n".join(lines)
 
 

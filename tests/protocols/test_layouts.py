@@ -85,6 +85,7 @@ def test_pie_bench(tmp_path: Path) -> None:
     assert (first.group, second.group) == ("random", "change attribute: color")
     assert first.image == tmp_path / "annotation_images/0_random_140/000000000000.jpg"
     assert first.id == "0_random_140/000000000000"
+    assert first.instruction == "Make the frame of the bike rusty"
 
 
 def test_pie_bench_masks_are_the_references() -> None:
@@ -255,6 +256,6 @@ def test_an_edit_that_a_vae_cropped_is_laid_where_it_was() -> None:
     source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (77, 70, 3), np.uint8))
     edit = source.crop((3, 6, 67, 70))
     assert edit.size == (64, 64)
-    assert np.array_equal(at_size_of(source, edit), source)
+    assert at_size_of(source, edit) == source
     assert at_size_of(source, edit.resize((32, 32))).size == source.size
-    assert np.array_equal(at_size_of(edit, source), scaled(source, edit.size))
+    assert at_size_of(edit, source) == scaled(source, edit.size)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,7 +17,7 @@ from bench import protocol
 from host.comfyui import PACK
 from host.options import WORKFLOWS
 from host.server import Server
-from protocols import judging, running, summary
+from protocols import judging, running
 from protocols.cases import Case, ProtocolError
 from protocols.judging import Judges
 from protocols.layouts import LAYOUTS
@@ -153,6 +152,13 @@ def test_judges_that_are_not_there_stop_the_run(
     assert "nowhere.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name", sorted({name for names in protocol.shipped.values() for name in names})
+)
+def test_shipped_methods_have_places_for_all_of_a_case(server: Server, name: str) -> None:
+    assert running.Method.of(server, WORKFLOWS / f"{name}.json").name == name
+
+
 def test_a_workflow_that_saves_several_pictures_is_refused(server: Server) -> None:
     with pytest.raises(ProtocolError, match="saves 2 pictures: give the edit's Save Image"):
         running.Method.of(server, WORKFLOWS / "flexip_gamma.json")
@@ -202,27 +208,3 @@ def test_a_clip_takes_the_nearest_phrase_of_each_attribute() -> None:
         "attribute edited": 1.0,
         "attributes kept": 0.0,
     }
-
-
-def test_intervals_hold_the_median_and_shrink_with_the_cases() -> None:
-    rng = np.random.default_rng(1)
-    widths = []
-    for count in (10, 1000):
-        values = rng.normal(20, 3, count)
-        low, high = summary.interval(values)
-        assert low <= np.median(values) <= high
-        widths.append(high - low)
-    assert widths[1] < widths[0] / 4
-    assert summary.interval(np.full(5, 3.0)) == (3.0, 3.0)
-
-
-def test_errors_count_nowhere_and_scales_are_the_papers() -> None:
-    rows: list[dict[str, Any]] = [
-        {"method": "a", "case": "1", "scores": {"background lpips": 0.1, "seconds": 2.0}},
-        {"method": "a", "case": "2", "scores": {"background lpips": None, "seconds": 4.0}},
-        {"method": "a", "case": "3", "error": "out of memory"},
-    ]
-    lpips, seconds = summary.figures(rows, ("background lpips",))
-    assert (lpips.count, lpips.mean, lpips.unit) == (1, 100.0, "x10^3")
-    assert (seconds.count, seconds.median) == (2, 3.0)
-    assert summary.errors(rows) == {"a": 1}
