@@ -71,12 +71,14 @@ class Protocol:
         name: of its command.
         cases: all of them.
         scores: those of Edit Score to report, in order.
+        lpips: the network that its published figures are of.
         attributes: name -> phrases of its values, for protocols that ask which one a picture shows.
     """
 
     name: str
     cases: list[Case]
     scores: tuple[str, ...]
+    lpips: str = "alex"
     attributes: Mapping[str, list[str]] = field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .cases import Protocol
 from .store import Row
 
 published = {
@@ -51,13 +52,13 @@ class Figure:
 
 
 def shared(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the cases that every method has made without an error, for a fair comparison.
+    """The rows of the cases that every method has made and no error befell, for a fair comparison.
 
     A method that has made none is left out.
     """
     made: dict[str, dict[str, Row]] = {}
     for row in rows:
-        if not row.get("error"):
+        if "scores" in row and not row.get("error"):
             made.setdefault(row["method"], {})[row["case"]] = row
     common = set.intersection(*map(set, made.values())) if made else set()
     return [row for own in made.values() for case, row in own.items() if case in common]
@@ -69,7 +70,7 @@ def figures(
     """Every method's figures, in the order of the scores.
 
     Args:
-        rows: without errors.
+        rows: with scores.
         clusters: case -> what it shares with others, so that they are not independent.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -138,3 +139,27 @@ def errors(rows: Iterable[Row]) -> dict[str, int]:
     for row in rows:
         counts[row["method"]] = counts.get(row["method"], 0) + bool(row.get("error"))
     return counts
+
+
+def not_measured(protocol: Protocol, found: Sequence[Figure]) -> list[str]:
+    """Of each of the protocol's scores without a figure, a sentence that says what it takes."""
+    measured = {one.score for one in found}
+    return [
+        f"not measured: {score} ({_needed(score, protocol.lpips)})"
+        for score in protocol.scores
+        if score not in measured
+    ]
+
+
+def _needed(score: str, net: str) -> str:
+    if score.endswith("lpips"):
+        return f"give --lpips {net}, the published network"
+    if score == "clip-i":
+        return "give --clip-vision"
+    if score.startswith(("clip", "attribute")):
+        return "give --clip and --clip-vision"
+    if score in ("structure distance", "dino-i"):
+        return "give --dino"
+    if score == "identity":
+        return "give --identity"
+    return "no case has a mask that leaves a background"

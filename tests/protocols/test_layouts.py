@@ -119,7 +119,24 @@ def test_focusflow(tmp_path: Path) -> None:
         *("a tiger", "a sleeping ginger cat", "a green van")
     ]
     assert cases[1].image == tmp_path / "images/cat.png"
-    assert len({case.id for case in cases}) == 3
+    assert [case.id for case in cases] == ["000_cat/tiger", "000_cat/sleeping", "001_van/green"]
+
+
+def test_flowedit_as_it_is_published(tmp_path: Path) -> None:
+    file = tmp_path / "flowedit.yaml"
+    text = FOCUSFLOW.replace("input_img: images/", "init_img: example_images/")
+    file.write_text(text.replace("  target_codes: [green]\n", ""), "utf-8")
+    picture(tmp_path / "Images" / "cat.png")
+    picture(tmp_path / "van.png")
+    cases = LAYOUTS["focusflow"](file).cases
+    assert [case.image for case in cases[1:]] == [
+        tmp_path / "Images/cat.png",
+        tmp_path / "van.png",
+    ]
+    assert cases[-1].id == "001_van/tar_0"
+    file.write_text(text.replace("[a green van]", "a green van"), "utf-8")
+    with pytest.raises(ProtocolError, match=r"entry 2: .*target_prompts is one text: write a list"):
+        LAYOUTS["focusflow"](file)
 
 
 def test_dreambench(tmp_path: Path) -> None:
