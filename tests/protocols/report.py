@@ -24,7 +24,7 @@ def write(run: Run, jobs: Sequence[Job], command: str) -> None:
             f"Over the {common} of {len(protocol.cases)} cases that every method has made:\n",
             summary.table(found) + "\n",
             *(f"{method}: {number} errors" for method, number in failed.items() if number),
-            *summary.not_measured(protocol, found),
+            *summary.not_measured(protocol, found, asdict(run.judges)),
         ]
     )
     print(text)

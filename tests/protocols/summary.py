@@ -141,25 +141,40 @@ def errors(rows: Iterable[Row]) -> dict[str, int]:
     return counts
 
 
-def not_measured(protocol: Protocol, found: Sequence[Figure]) -> list[str]:
-    """Of each of the protocol's scores without a figure, a sentence that says what it takes."""
+def not_measured(
+    protocol: Protocol, found: Sequence[Figure], judges: Mapping[str, str]
+) -> list[str]:
+    """Of each of the protocol's scores without a figure, a sentence that says what it takes.
+
+    Args:
+        judges: those that were asked, by their options' names; "" was not.
+    """
     measured = {one.score for one in found}
     return [
-        f"not measured: {score} ({_needed(score, protocol.lpips)})"
+        f"not measured: {score} ({_needed(score, protocol.lpips, judges)})"
         for score in protocol.scores
-        if score not in measured
+        if measured and score not in measured
     ]
 
 
-def _needed(score: str, net: str) -> str:
-    if score.endswith("lpips"):
-        return f"give --lpips {net}, the published network"
-    if score == "clip-i":
-        return "give --clip-vision"
-    if score.startswith(("clip", "attribute")):
-        return "give --clip and --clip-vision"
-    if score in ("structure distance", "dino-i"):
-        return "give --dino"
-    if score == "identity":
-        return "give --identity"
-    return "no case has a mask that leaves a background"
+def _needed(score: str, net: str, judges: Mapping[str, str]) -> str:
+    names = _judged_by.get(score.split()[-1]) or _judged_by.get(score.split()[0], ())
+    options = [f"--{name.replace('_', '-')}" for name in names if not judges[name]]
+    if not options:
+        return "no case has what it takes, such as a mask"
+    published_net = f" {net}, the published network" if options == ["--lpips"] else ""
+    return f"give {' and '.join(options)}{published_net}"
+
+
+_both_towers = ("clip", "clip_vision")
+_judged_by = {
+    "lpips": ("lpips",),
+    "clip": _both_towers,
+    "clip-i": ("clip_vision",),
+    "attribute": _both_towers,
+    "attributes": _both_towers,
+    "structure": ("dino",),
+    "dino-i": ("dino",),
+    "identity": ("identity",),
+}
+"""The last or the first word of a score -> the judges that it takes."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 from host.client import PromptTimedOut
 from host.prompts import Graph, Outputs
-from protocols import judging, page, report, summary
+from protocols import judging, page, report
 from protocols.cases import Case, Protocol, ProtocolError
 from protocols.judging import Judges
 from protocols.running import Method
@@ -164,18 +164,7 @@ def test_what_was_stopped_is_shown_as_far_as_it_is(
     report.write(run, jobs, "python protocol.py")
     shown = (tmp_path / "out" / "index.html").read_text("utf-8")
     assert shown.count("alt=edit width=256 loading=lazy") == 2
-    said = capsys.readouterr().out
-    assert "Over the 0 of 2 cases" in said
-    assert "not measured: clip whole (give --clip and --clip-vision)" in said
-
-
-def test_published_networks_are_said_of_scores_that_are_missing() -> None:
-    protocol = Protocol("pie-bench", [], ("background lpips", "dino-i", "clip-i"), lpips="squeeze")
-    assert summary.not_measured(protocol, []) == [
-        "not measured: background lpips (give --lpips squeeze, the published network)",
-        "not measured: dino-i (give --dino)",
-        "not measured: clip-i (give --clip-vision)",
-    ]
+    assert "Over the 0 of 2 cases" in capsys.readouterr().out
 
 
 def test_pictures_have_names_of_their_own(method: Callable[..., Method], tmp_path: Path) -> None:
@@ -201,6 +190,33 @@ def test_seconds_are_the_server_s(method: Callable[..., Method], tmp_path: Path)
     client.messages = []
     run, jobs = go(client, tmp_path, [method("old")], found)
     assert 0 <= run.rows(jobs)[0]["seconds"] < 1
+
+
+def test_what_a_protocol_lacks_is_said(
+    method: Callable[..., Method], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, jobs = go(MadeUp(), tmp_path, [method()], cases(tmp_path, 1))
+    report.write(run, jobs, "")
+    assert "not measured: clip whole (give --clip and --clip-vision)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("node", "changes", "message"),
+    [
+        ("2", {"inputs": {"text": "", "image": ["1", 0]}}, "edit: The workflow has no seed to set"),
+        ("2", {"_meta": {"title": "Prompt"}}, "edit: The workflow needs a node titled 'Target"),
+        ("1", {"class_type": "Noise"}, "edit: The workflow needs one node LoadImage"),
+        ("3", {"class_type": "Preview"}, "saves 0 pictures"),
+    ],
+)
+def test_a_workflow_without_a_place_is_refused_before_a_run(
+    node: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    graph = {**GRAPH, node: {**GRAPH[node], **changes}}
+    file = tmp_path / "edit.json"
+    file.write_text(json.dumps(graph), "utf-8")
+    with pytest.raises(ProtocolError, match=message):
+        Method.of(client_of(MadeUp()), file)
 
 
 def test_a_mask_is_on_the_page(method: Callable[..., Method], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from host.comfyui import PACK
 from protocols import summary
+from protocols.cases import Protocol
 
 
 def test_intervals_hold_the_median_and_shrink_with_the_cases() -> None:
@@ -66,6 +67,21 @@ def test_methods_are_compared_on_what_all_have_made() -> None:
     found = summary.figures(good, ("identity",), {"1": "a", "2": "b"})
     assert [(one.method, one.count, one.mean) for one in found] == [("a", 1, 0.2), ("b", 1, 0.3)]
     assert summary.errors(rows) == {"a": 0, "b": 1, "none": 1}
+
+
+def test_what_was_not_measured_is_said_with_its_option() -> None:
+    scores = ("background lpips", "dino-i", "clip-i", "clip inside", "background psnr", "identity")
+    protocol = Protocol("pie-bench", [], scores, lpips="squeeze")
+    one = summary.Figure("m", "identity", "", 1, 0.5, 0.5, None, None)
+    given = {"lpips": "", "clip": "", "clip_vision": "l", "dino": "", "identity": "i"}
+    assert summary.not_measured(protocol, [one], given) == [
+        "not measured: background lpips (give --lpips squeeze, the published network)",
+        "not measured: dino-i (give --dino)",
+        "not measured: clip-i (no case has what it takes, such as a mask)",
+        "not measured: clip inside (give --clip)",
+        "not measured: background psnr (no case has what it takes, such as a mask)",
+    ]
+    assert not summary.not_measured(protocol, [], given), "nothing is judged yet"
 
 
 def test_scales_are_the_papers() -> None:
