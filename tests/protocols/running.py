@@ -81,7 +81,8 @@ class Method:
             raise BadCase(f"{self.name}: {error}") from None
         started = time.monotonic()
         prompt_id = client.queue(graph)
-        saved = client.wait(prompt_id, timeout=timeout)[self.saver]["images"]
+        outputs = client.wait(prompt_id, timeout=timeout)
+        saved = outputs.get(self.saver, {}).get("images", [])
         elapsed = time.monotonic() - started
         if len(saved) != 1:
             raise BadCase(f"{self.name} saves {len(saved)} pictures: a case needs one")

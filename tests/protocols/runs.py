@@ -103,10 +103,8 @@ class Run:
 
     def _score(self, client: Client, job: Job) -> judging.Scores:
         case = job.case
-        source, edit = (
-            self._source(case),
-            opened(self.store.picture(job.method.name, case.id, job.edit)),
-        )
+        source = self._source(case)
+        edit = opened(self.store.picture(job.method.name, case.id, job.edit))
         if not case.references:
             edit = at_size_of(source, edit)
         found = judging.score(client, self.judges, case, source, edit, self.timeout)

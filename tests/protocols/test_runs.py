@@ -40,7 +40,7 @@ class MadeUp:
 
     Attributes:
         edits, scores: how many have been made.
-        slow: target prompts of which edits take too long.
+        slow, lost: target prompts of which edits take too long, or save no picture.
     """
 
     def __init__(self, likeness: dict[str, float] | None = None) -> None:
@@ -48,6 +48,7 @@ class MadeUp:
         self.edits = self.scores = 0
         self.names: list[str] = []
         self.slow: set[str] = set()
+        self.lost: set[str] = set()
         self.messages: list[Any] = []
 
     def upload_image(self, name: str, _content: bytes) -> str:
@@ -61,6 +62,8 @@ class MadeUp:
     def wait(self, prompt_id: str, timeout: float) -> Outputs:
         if prompt_id in self.slow:
             raise PromptTimedOut(f"{prompt_id} took longer than {timeout:.0f} s")
+        if prompt_id in self.lost:
+            return {}
         return {"3": {"images": [{"filename": "edit.png"}]}}
 
     def history(self, _prompt_id: str) -> dict[str, Any]:
@@ -149,9 +152,10 @@ def test_only_what_changed_is_made_again(method: Callable[..., Method], tmp_path
 
 def test_a_case_that_takes_too_long_is_a_row(method: Callable[..., Method], tmp_path: Path) -> None:
     client = MadeUp()
-    client.slow = {"a dog 0"}
-    run, jobs = go(client, tmp_path, [method()], cases(tmp_path, 2))
-    late, made = run.rows(jobs)
+    client.slow, client.lost = {"a dog 0"}, {"a dog 1"}
+    run, jobs = go(client, tmp_path, [method()], cases(tmp_path, 3))
+    late, lost, made = run.rows(jobs)
+    assert lost["error"] == "edit saves 0 pictures: a case needs one"
     assert late["error"] == "a dog 0 took longer than 60 s"
     assert made["scores"]["whole psnr"] == 20
 
