@@ -7,13 +7,15 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from host import comfyui, environment, options
-from host.cases import CaseError, drawn_case, fill_in
+from host.cases import drawn_case
+from host.filling import CaseError, fill_in
 from host.prompts import Graph
 
 
@@ -209,6 +211,76 @@ def test_workflow_without_a_place_is_refused() -> None:
         fill_in(graph_of(), drawn_case(0), "new.png")
     with pytest.raises(CaseError, match="one node LoadImage for the picture, it has 0"):
         fill_in({}, drawn_case(0), "new.png")
+
+
+def test_every_text_of_a_titled_node_is_filled_in_or_where_it_comes_from() -> None:
+    case = drawn_case(0)
+    graph = graph_of(
+        ("CLIPTextEncodeFlux", "target PROMPT", {"clip_l": "", "t5xxl": ["2", 0], "guidance": 3.5}),
+        ("PrimitiveString", "Text", {"value": ""}),
+        ("Edit", "Edit", {"source_prompt": ["4", 0]}),
+        ("PrimitiveString", "Another text", {"value": ""}),
+    )
+    assert len(fill_in(graph, case, "new.png")) == 2
+    inputs = [node["inputs"] for node in graph.values()]
+    assert inputs[1] == {"clip_l": case.target_prompt, "t5xxl": ["2", 0], "guidance": 3.5}
+    assert inputs[2]["value"] == case.target_prompt
+    assert inputs[4]["value"] == case.source_prompt
+
+
+def test_a_titled_node_without_a_text_is_named() -> None:
+    joined = {"string_a": "", "string_b": ""}
+    graph = graph_of(
+        ("CLIPTextEncode", "Source prompt", {"text": ""}),
+        ("CLIPTextEncode", "Target prompt", {"text": ["3", 0]}),
+        ("StringConcatenate", "Joined", joined),
+    )
+    with pytest.raises(
+        CaseError, match=r"CLIPTextEncode \(2\), titled 'Target prompt' has no text"
+    ):
+        fill_in(graph, drawn_case(0), "new.png")
+
+
+def test_a_linked_seed_is_set_where_it_comes_from() -> None:
+    graph = graph_of(
+        ("CLIPTextEncode", "Target prompt", {"text": ""}),
+        ("KSampler", "Sampler", {"seed": ["3", 0]}),
+        ("PrimitiveInt", "Any number", {"value": 1}),
+    )
+    fill_in(graph, drawn_case(0), "new.png", 7, strict=True)
+    assert graph["3"]["inputs"]["value"] == 7
+
+
+def test_a_protocol_needs_the_target_and_a_seed() -> None:
+    one = graph_of(("CLIPTextEncode", "Source prompt", {"text": "", "seed": 1}))
+    with pytest.raises(CaseError, match="titled 'Target prompt' or 'Instruction'"):
+        fill_in(one, drawn_case(0), "new.png", 7, strict=True)
+    other = graph_of(
+        ("CLIPTextEncode", "Target prompt", {"text": ""}),
+        ("KSampler", "Sampler", {"seed": ["3", 0]}),
+        ("Sum", "Seeds", {"a": 1, "b": 2}),
+    )
+    with pytest.raises(CaseError, match=r"no seed to set: it comes from Sum \(3\), titled 'Seeds'"):
+        fill_in(other, drawn_case(0), "new.png", 7, strict=True)
+
+
+def test_an_instruction_is_filled_in_and_must_not_be_empty() -> None:
+    case = replace(drawn_case(0), instruction="make the hair red")
+    graph = graph_of(("Text", "Instruction", {"prompt": "", "seed": 0}))
+    assert fill_in(graph, case, "new.png", 7, strict=True) == ["Instruction: make the hair red"]
+    assert graph["1"]["inputs"] == {"prompt": "make the hair red", "seed": 7}
+    with pytest.raises(CaseError, match="needs the case's Instruction, which is empty"):
+        fill_in(graph, drawn_case(0), "new.png", 7, strict=True)
+
+
+def test_of_several_pictures_the_titled_one_is_the_source() -> None:
+    other: tuple[str, str, dict[str, Any]] = ("LoadImage", "Load Image", {"image": "style.png"})
+    graph = graph_of(other, ("CLIPTextEncode", "Target prompt", {"text": ""}))
+    with pytest.raises(CaseError, match="it has 2: give the title 'Source picture' to that one"):
+        fill_in(graph, drawn_case(0), "new.png")
+    graph["1"]["_meta"]["title"] = "source picture"
+    fill_in(graph, drawn_case(0), "new.png")
+    assert [graph[key]["inputs"]["image"] for key in "01"] == ["other.png", "new.png"]
 
 
 @pytest.mark.parametrize("seed", range(11))

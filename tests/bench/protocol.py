@@ -7,20 +7,21 @@
 Layouts: pie-bench (its folder with mapping_file.json), focusflow (a YAML file of cases), portraits
 (a folder with portraits.json) and subjects (DreamBench's dataset folder). Without a folder, drawn
 portraits are written in that layout, and the shipped models and workflows edit them on a server of
-one's own. A workflow is a method; a row is kept as soon as it is made, so that the same command
-goes on after an interruption, and errors are rows.
+one's own. A workflow is a method, with nodes titled "Target prompt" (and "Source prompt" or
+"Instruction") and a seed; of several Load Image, the one titled "Source picture" gets the picture.
+A row is kept as soon as it is made: the same command goes on after an interruption, other cases,
+workflows or judges add only what is missing, and errors are rows until --retry.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,13 +32,13 @@ from host.comfyui import ComfyUINotFound
 from host.options import WORKFLOWS
 from host.prompts import PromptRejected
 from host.server import Server
-from protocols import drawn
+from protocols import drawn, judging, report
 from protocols.cases import Protocol, ProtocolError
 from protocols.judging import Judges
 from protocols.layouts import LAYOUTS
 from protocols.running import Method
 from protocols.runs import Run
-from protocols.store import Row, Store
+from protocols.store import Store
 
 shipped = {
     "pie-bench": ("focusflow", "flowedit", "sdedit"),
@@ -63,7 +64,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the noise, and of drawn portraits")
     parser.add_argument("--size", type=int, help="the longer side that pictures are scaled to")
     parser.add_argument("--output", type=Path, help="a folder (output/LAYOUT)")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one case")
+    parser.add_argument(
+        "--timeout", type=float, default=3600, help="seconds for one edit, or for its scores"
+    )
     parser.add_argument("--retry", action="store_true", help="try cases again that failed")
     for name in Judges.__dataclass_fields__:
         parser.add_argument(f"--{name.replace('_', '-')}", default="", help=_judge_help[name])
@@ -87,11 +90,31 @@ def protocol_of(given: argparse.Namespace) -> Protocol:
     """The cases, drawn first if there are none."""
     data = given.data
     if data is None:
-        data = drawn.WRITERS[given.layout](given.output / "data", given.seed, given.count or 20)
+        # Of each seed and number apart: another run may still need what it drew.
+        count = given.count or 20
+        folder = given.output / "data" / f"seed{given.seed}_{count}"
+        data = drawn.WRITERS[given.layout](folder, given.seed, count)
     found = LAYOUTS[given.layout](data)
     if not found.cases:
         raise ProtocolError(f"{data} has no cases: name the folder or file of a protocol's data")
-    return Protocol(found.name, found.cases[: given.count], found.scores, found.attributes)
+    return replace(found, cases=found.cases[: given.count])
+
+
+def methods_of(given: argparse.Namespace) -> list[Path]:
+    """The files of workflows.
+
+    Raises:
+        ProtocolError: two have one name, which their rows could not be told apart by.
+    """
+    files = given.workflow or [WORKFLOWS / f"{name}.json" for name in shipped[given.layout]]
+    named: dict[str, Path] = {}
+    for file in files:
+        if file.stem in named:
+            raise ProtocolError(
+                f"--workflow {named[file.stem]} and {file} have one name: rename one of them"
+            )
+        named[file.stem] = file
+    return files
 
 
 @contextmanager
@@ -113,38 +136,32 @@ def judges_of(given: argparse.Namespace) -> Judges:
     return demo_judges if not given.server and named == Judges() else named
 
 
-def about(given: argparse.Namespace, protocol: Protocol, files: Sequence[Path]) -> Row:
-    """What makes two runs the same."""
-    cases = [[c.id, c.source_prompt, c.target_prompt, c.seed] for c in protocol.cases]
-    return {
-        "layout": given.layout,
-        "cases": _hash(json.dumps(cases)),
-        "seed": given.seed,
-        "size": given.size,
-        "workflows": {file.stem: _hash(file.read_text("utf-8")) for file in files},
-        "judges": asdict(judges_of(given)),
-    }
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def run_on(client: Client, given: argparse.Namespace, protocol: Protocol) -> None:
+    """Edit and score what is missing, and report what there is, also when this is stopped."""
+    judges = judges_of(given)
+    judging.require(judges, client.object_info())
+    methods = [Method.of(client, file) for file in methods_of(given)]
+    store = Store(given.output)
+    if given.retry:
+        store.forget_errors("edits")
+        store.forget_errors("scores")
+    run = Run(protocol, store, judges, given.seed, given.size, given.timeout)
+    jobs = run.jobs(methods)
+    try:
+        run.edit(client, jobs)
+        run.score(client, jobs)
+    finally:
+        report.write(run, jobs, shlex.join(["python", *sys.argv]))
 
 
 def main() -> int:
     """Run a protocol, or go on with it."""
     given = options()
-    files = given.workflow or [WORKFLOWS / f"{name}.json" for name in shipped[given.layout]]
     try:
+        methods_of(given)
         protocol = protocol_of(given)
-        store = Store(given.output, about(given, protocol, files))
-        if given.retry:
-            store.forget_errors("edits")
-            store.forget_errors("scores")
-        run = Run(protocol, store, judges_of(given), given.seed, given.size, given.timeout)
         with connected(given) as client:
-            run.edit(client, [Method.of(client, file) for file in files])
-            run.score(client)
-        run.finish(" ".join(["python", *sys.argv]))
+            run_on(client, given, protocol)
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on from here")
         return 130
@@ -155,7 +172,7 @@ def main() -> int:
         ProtocolError,
         ServerError,
     ) as error:
-        print(f"\n{error}", file=sys.stderr)
+        print(f"\n{error}\nThe same command goes on from here", file=sys.stderr)
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""What the demo workflows edit: portraits with prompts, and how both get into a workflow."""
+"""What the demo workflows edit: portraits with prompts, and the pictures that come of them."""
 
 from __future__ import annotations
 
@@ -32,21 +32,16 @@ WITH_MAKEUP = frozenset({"makeup_transfer"})
 """The workflows whose target prompt has the learned lips of the reference."""
 WITH_SUBJECT = frozenset({"flexip_gamma", "flexip_subject", "flexip_two_subjects", "train_flexip"})
 """The workflows that give the portrait's person the attributes of the reference."""
-PROMPTS = {"Source prompt": "source_prompt", "Target prompt": "target_prompt"}
-"""Title of a node that holds one prompt -> widget of a node that holds both."""
-
-
-class CaseError(Exception):
-    """A workflow has no place for a picture or a prompt; the message says which."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A picture and the two prompts of its edit."""
+    """A picture and the two prompts of its edit, and maybe an instruction to make it."""
 
     image: Image.Image
     source_prompt: str
     target_prompt: str
+    instruction: str = ""
 
 
 def drawn_case(seed: int, workflow: str = "") -> Case:
@@ -93,57 +88,6 @@ def _with_second_change(case: Case) -> Case:
 def upload(server: Client, pictures: dict[str, Image.Image]) -> list[str]:
     """Put pictures into a server's input folder; returns the names that it gave them."""
     return [server.upload_image(name, png(picture)) for name, picture in pictures.items()]
-
-
-def fill_in(graph: Graph, case: Case, image_name: str, seed: int | None = None) -> list[str]:
-    """Put the picture, the prompts and, if one is given, the seed into a workflow's nodes.
-
-    A prompt goes into the text of every node that is titled "Source prompt" or "Target prompt",
-    and into every widget called source_prompt or target_prompt.
-
-    Returns:
-        The prompts that the workflow has a place for, as lines of text.
-
-    Raises:
-        CaseError: no node for the picture, or none for any prompt.
-    """
-    loaders = [
-        node
-        for node in graph.values()
-        if node["class_type"] == "LoadImage" and node["inputs"]["image"] != REFERENCE
-    ]
-    if len(loaders) != 1:
-        raise CaseError(
-            f"The workflow needs one node LoadImage for the picture, it has {len(loaders)}"
-        )
-    loaders[0]["inputs"]["image"] = image_name
-    filled = [
-        f"{title.split()[0]}: {getattr(case, widget)}"
-        for title, widget in PROMPTS.items()
-        if _fill_in_prompt(graph, title, widget, getattr(case, widget))
-    ]
-    if not filled:
-        raise CaseError(f"The workflow needs a node titled {' or '.join(map(repr, PROMPTS))}")
-    for node in graph.values() if seed is not None else ():
-        for name in {"seed", "noise_seed"} & node["inputs"].keys():
-            # A linked seed is set where it comes from.
-            if isinstance(node["inputs"][name], int):
-                node["inputs"][name] = seed
-    return filled
-
-
-def _fill_in_prompt(graph: Graph, title: str, widget: str, prompt: str) -> bool:
-    places = []
-    for node in graph.values():
-        inputs = node["inputs"]
-        if node["_meta"]["title"] == title:
-            places += [(inputs, name) for name in ("text", "value") if name in inputs]
-        # A linked prompt is written where it comes from.
-        elif isinstance(inputs.get(widget), str):
-            places.append((inputs, widget))
-    for inputs, name in places:
-        inputs[name] = prompt
-    return bool(places)
 
 
 def saved_pictures(server: Client, graph: Graph, outputs: Outputs) -> dict[str, Image.Image]:

@@ -23,15 +23,14 @@ from host.base import make_base
 from host.cases import (
     PORTRAIT,
     Case,
-    CaseError,
     drawn_case,
     drawn_pictures,
-    fill_in,
     saved_pictures,
     upload,
     write_people,
 )
 from host.comfyui import ComfyUINotFound, cache_folder
+from host.filling import CaseError, fill_in
 from host.prompts import Graph, PromptFailed, PromptInterrupted, PromptRejected
 from host.server import Server, ServerError, free_port
 from host.sheet import side_by_side

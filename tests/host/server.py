@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import requests
 
 from . import comfyui, launch
 from .client import Client, ServerError
@@ -30,6 +29,10 @@ class Server(Client):
 
     `base` is a folder made by `host.base.make_base`. ComfyUI's log goes into `comfyui.log` there.
     """
+
+    # One's own hangs up only when it has died, and that is noticed at once.
+    _reconnects = ()
+    _silence = math.inf
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class Server(Client):
                     f"ComfyUI ended with code {self.process.returncode} while starting"
                     f"{self.last_words()}"
                 )
-            with contextlib.suppress(requests.ConnectionError):
+            with contextlib.suppress(ServerError):
                 if self.get("/system_stats").ok:
                     return
             time.sleep(0.2)

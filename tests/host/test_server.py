@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 import numpy as np
 import pytest
-import requests
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from host.client import Client, PromptTimedOut, ServerError
 from host.graphs import NodeGraph, Wire
 from host.prompts import Outputs, PromptFailed, PromptInterrupted, PromptRejected
 from host.server import Server
@@ -229,6 +230,85 @@ def test_an_interrupted_edit_leaves_nothing_behind(
     assert fresh.find("PinpointEditWithWords") not in cached(server, after)
 
 
+def idle(client: Client) -> bool:
+    """Whether nothing runs or waits, at last."""
+    for _ in range(100):
+        queue = client.get("/queue").json()
+        if not queue["queue_running"] + queue["queue_pending"]:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_prompt_that_takes_too_long_is_cancelled_where_it_is(
+    server: Server, portrait: str
+) -> None:
+    running, waiting = (server.queue(one_node(portrait, steps=900 + i).nodes) for i in range(2))
+    with pytest.raises(PromptTimedOut, match=f"{waiting} took longer than 0 s"):
+        server.wait(waiting, timeout=0.2)
+    assert not server.get("/queue").json()["queue_pending"]
+    with pytest.raises(PromptTimedOut, match=running):
+        server.wait(running, timeout=0.2)
+    assert idle(server)
+
+
+def test_ctrl_c_cancels_what_was_waited_for(server: Server, portrait: str) -> None:
+    def stop(_node_id: str, _done: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        server.run(one_node(portrait, steps=990).nodes, stop)
+    assert idle(server)
+
+
+def test_a_prompt_of_which_a_part_is_wrong_does_not_run(server: Server, portrait: str) -> None:
+    long = server.queue(one_node(portrait, steps=950).nodes)
+    graph = one_node(portrait)
+    graph.add("SaveImage", filename_prefix="tests/nothing")
+    with pytest.raises(PromptRejected, match="Required input is missing: images") as rejected:
+        server.queue(graph.nodes)
+    assert not rejected.value.error, "the rest of it was taken"
+    assert not server.get("/queue").json()["queue_pending"]
+    server.cancel(long)
+    assert idle(server)
+
+
+def test_a_lost_connection_is_made_anew(
+    server: Server, portrait: str, expected: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Client, "_reconnects", (0.1, 0.1))
+    with Client(server.address.removeprefix("http://")) as client:
+        prompt = client.queue(one_node(portrait, steps=STEPS + 1).nodes)
+        assert client._socket is not None
+        client._socket.shutdown()
+        assert saved(client.wait(prompt, timeout=60), "images", "edit")
+        again = client.run(one_node(portrait).nodes, timeout=60)
+        assert png(server, again) == png(server, expected)
+
+
+def test_a_connection_that_says_nothing_is_not_waited_for(
+    server: Server, portrait: str, expected: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Client, "_silence", 0.2)
+    monkeypatch.setattr(Client, "_sort", lambda *_: None)
+    with Client(server.address) as client:
+        again = client.run(one_node(portrait).nodes, timeout=60)
+        assert png(server, again) == png(server, expected)
+        with pytest.raises(ServerError, match="does not know prompt gone any more"):
+            client.wait("gone")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "http://[::1", "ftp://127.0.0.1:9", "::"])
+def test_an_address_without_a_server_is_named(address: str) -> None:
+    with pytest.raises(ServerError, match=r"No ComfyUI answers at .*: start it, or correct the"):
+        Client(address).__enter__()
+
+
+def test_what_a_server_refuses_is_a_sentence(server: Server) -> None:
+    with pytest.raises(ServerError, match=r"/view\?filename=gone.* answered 404"):
+        server.view("gone.png")
+
+
 def test_an_error_leaves_nothing_behind(server: Server, portrait: str, expected: Outputs) -> None:
     broken = parts(portrait)
     broken.nodes[broken.find("PinpointEditSampler")]["inputs"]["n_max"] = STEPS + 1
@@ -291,7 +371,7 @@ def test_the_same_queue_after_a_restart_gives_the_same_bytes(
 ) -> None:
     before = png(server, expected)
     server.close()
-    with pytest.raises(requests.ConnectionError):
+    with pytest.raises(ServerError):
         server.get("/system_stats")
     server.__enter__()
     prompt = server.queue(one_node(portrait).nodes)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from PIL import Image, ImageOps
 
-from host import cases as places
 from host.client import Client
 from host.graphs import NodeGraph, Wire
 
-from .cases import Case, opened, scaled
+from .cases import Case, ProtocolError, opened
+from .running import uploaded
 
 Scores = dict[str, float | None]
 clip_side = 224
@@ -38,14 +38,60 @@ class Judges:
     identity: str = ""
 
 
+def require(judges: Judges, known: Mapping[str, Any]) -> None:
+    """Refuse judges that a server has not.
+
+    Args:
+        known: the server's object_info.
+
+    Raises:
+        ProtocolError: it says which option, and what there is.
+    """
+    if not {"PinpointEditScore", "PinpointLoadImageEncoder"} <= known.keys():
+        raise ProtocolError("The server has no Edit Score: install Pinpoint there, and restart it")
+    if judges.clip and not judges.clip_vision:
+        raise ProtocolError(f"--clip {judges.clip} needs --clip-vision, of the same CLIP")
+    for name, file in asdict(judges).items():
+        node, widget, folder = _places.get(name, _encoders)
+        there = _options(known[node], widget)
+        if file and file not in there:
+            raise ProtocolError(
+                f"--{name.replace('_', '-')} {file} is not in {folder}: "
+                f"there are {', '.join(there) or 'none'}"
+            )
+
+
+_encoders = ("PinpointLoadImageEncoder", "file_name", "the server's models/clip_vision")
+_places = {
+    "lpips": ("PinpointEditScore", "lpips", "the networks of Edit Score"),
+    "clip": ("CLIPLoader", "clip_name", "the server's models/text_encoders"),
+}
+"""Judge -> the node and widget that name it, and where its file lies."""
+
+
+def _options(node: Mapping[str, Any], widget: str) -> list[str]:
+    """What a widget can be set to; servers write it in two ways."""
+    kind, *more = node["input"]["required"][widget]
+    return kind if isinstance(kind, list) else more[0]["options"]
+
+
 def score(
-    client: Client, judges: Judges, case: Case, source: Image.Image, edited: Image.Image
+    client: Client,
+    judges: Judges,
+    case: Case,
+    source: Image.Image,
+    edited: Image.Image,
+    timeout: float,
 ) -> Scores:
     """What Edit Score says of an edit; for a subject, the mean over its pictures.
 
+    Args:
+        source, edited: of the same size, unless the case has pictures of a subject.
+        timeout: in seconds.
+
     Raises:
         BadCase: a picture or mask that cannot be opened.
-        PromptRejected, PromptFailed, PromptInterrupted: as the server says.
+        PromptRejected, PromptFailed, PromptInterrupted, PromptTimedOut: as the server says.
     """
     compared = [source]
     if case.references:
@@ -54,18 +100,16 @@ def score(
             ImageOps.fit(opened(path), edited.size, Image.Resampling.LANCZOS)
             for path in case.references
         ]
-    elif edited.size != source.size:
-        edited = scaled(edited, source.size)
-    mask = case.mask(source.size) if case.mask and not case.references else None
+    mask = None if case.references else case.mask_at(source.size)
     graph = NodeGraph()
-    batch = _loaded(client, graph, compared, "source")
-    edits = _loaded(client, graph, [edited], "edited")
+    batch = _loaded(client, graph, compared)
+    edits = _loaded(client, graph, [edited])
     if len(compared) > 1:
         edits = graph.add("RepeatImageBatch", image=edits, amount=len(compared))
     asked = {**_networks(graph, judges), **_mask(client, graph, mask), "lpips": judges.lpips}
     found = _scored(graph, batch, edits, case.source_prompt, case.target_prompt, asked)
     shown = graph.add("PreviewAny", source=found.out(6))
-    return _mean(client.run(graph.nodes)[shown.node_id]["text"][0])
+    return _mean(client.run(graph.nodes, timeout=timeout)[shown.node_id]["text"][0])
 
 
 def _scored(
@@ -93,10 +137,9 @@ def _networks(graph: NodeGraph, judges: Judges) -> dict[str, Wire]:
     return wires
 
 
-def _loaded(client: Client, graph: NodeGraph, pictures: list[Image.Image], name: str) -> Wire:
+def _loaded(client: Client, graph: NodeGraph, pictures: list[Image.Image]) -> Wire:
     """Pictures of one size as a batch."""
-    files = {f"pinpoint_protocol_{name}_{i}.png": p for i, p in enumerate(pictures)}
-    first, *others = (graph.add("LoadImage", image=n) for n in places.upload(client, files))
+    first, *others = (graph.add("LoadImage", image=uploaded(client, p)) for p in pictures)
     for other in others:
         first = graph.add("ImageBatch", image1=first, image2=other)
     return first
@@ -105,7 +148,7 @@ def _loaded(client: Client, graph: NodeGraph, pictures: list[Image.Image], name:
 def _mask(client: Client, graph: NodeGraph, mask: Image.Image | None) -> dict[str, Wire]:
     if mask is None:
         return {}
-    (name,) = places.upload(client, {"pinpoint_protocol_mask.png": mask.convert("RGB")})
+    name = uploaded(client, mask.convert("RGB"))
     return {"mask": graph.add("LoadImageMask", image=name, channel="red")}
 
 
@@ -121,7 +164,11 @@ def _mean(text: str) -> Scores:
 
 
 def clip_words(
-    client: Client, judges: Judges, picture: Image.Image, attributes: Mapping[str, list[str]]
+    client: Client,
+    judges: Judges,
+    picture: Image.Image,
+    attributes: Mapping[str, list[str]],
+    timeout: float,
 ) -> dict[str, str]:
     """Of each attribute, the phrase that a CLIP finds nearest to a picture.
 
@@ -129,7 +176,7 @@ def clip_words(
     """
     graph = NodeGraph()
     seen = ImageOps.fit(picture, (clip_side, clip_side), Image.Resampling.BICUBIC)
-    image = _loaded(client, graph, [seen], "edited")
+    image = _loaded(client, graph, [seen])
     networks = _networks(graph, Judges(clip=judges.clip, clip_vision=judges.clip_vision))
     phrases = dict.fromkeys(phrase for values in attributes.values() for phrase in values)
     likeness = {
@@ -138,7 +185,7 @@ def clip_words(
         )
         for phrase in phrases
     }
-    outputs = client.run(graph.nodes)
+    outputs = client.run(graph.nodes, timeout=timeout)
     found = {p: float(outputs[wire.node_id]["text"][0]) for p, wire in likeness.items()}
     return {name: max(values, key=found.__getitem__) for name, values in attributes.items()}
 

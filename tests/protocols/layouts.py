@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from .cases import Case, Protocol, ProtocolError, Size, opened, scaled
+from .cases import Case, Protocol, ProtocolError, Size, opened_mask
 
 PIE_TYPES = (
     "random",
@@ -48,10 +48,11 @@ def pie_bench(folder: Path) -> Protocol:
         with _named(folder / "mapping_file.json", key):
             cases.append(
                 Case(
-                    id=str(Path(item["image_path"]).with_suffix("")),
+                    id=Path(item["image_path"]).with_suffix("").as_posix(),
                     image=folder / "annotation_images" / item["image_path"],
                     source_prompt=_without_brackets(item["original_prompt"]),
                     target_prompt=_without_brackets(item["editing_prompt"]),
+                    instruction=item.get("editing_instruction", ""),
                     group=PIE_TYPES[int(item["editing_type_id"])],
                     mask=partial(mask_of_runs, item["mask"]),
                 )
@@ -60,7 +61,7 @@ def pie_bench(folder: Path) -> Protocol:
         *("structure distance", "background psnr", "background lpips", "background mse"),
         *("background ssim", "clip whole", "clip inside"),
     )
-    return Protocol("pie-bench", cases, scores)
+    return Protocol("pie-bench", cases, scores, lpips="squeeze")
 
 
 def mask_of_runs(runs: list[int], size: Size) -> Image.Image:
@@ -79,7 +80,10 @@ def mask_of_runs(runs: list[int], size: Size) -> Image.Image:
 
 
 def focusflow(file: Path) -> Protocol:
-    """FocusFlow's and FlowEdit's list of cases, a YAML file; pictures are relative to it.
+    """FocusFlow's and FlowEdit's list of cases, a YAML file.
+
+    Pictures are relative to it or, as FlowEdit's file names another folder, lie by their bare names
+    beside it or in images/ there.
 
     Raises:
         ProtocolError: the file is missing or has another form.
@@ -95,16 +99,20 @@ def focusflow(file: Path) -> Protocol:
     cases = []
     for number, entry in enumerate(entries):
         with _named(file, f"entry {number + 1}"):
-            image = file.parent / entry["input_img"]
+            image = _beside(file, entry.get("input_img") or entry["init_img"])
+            targets = entry["target_prompts"]
+            if isinstance(targets, str):
+                raise TypeError("target_prompts is one text: write a list")
+            codes = _codes(entry.get("target_codes"), len(targets))
             cases += [
                 Case(
-                    id=f"{number:03}_{image.stem}/tar_{index}",
+                    id=f"{number:03}_{image.stem}/{code}",
                     image=image,
                     source_prompt=entry["source_prompt"],
                     target_prompt=target,
                     group=image.stem,
                 )
-                for index, target in enumerate(entry["target_prompts"])
+                for code, target in zip(codes, targets, strict=True)
             ]
     return Protocol("focusflow", cases, ("clip whole", "whole lpips", "whole psnr"))
 
@@ -132,7 +140,7 @@ def portraits(folder: Path) -> Protocol:
                     source_prompt=item["source_prompt"],
                     target_prompt=item["target_prompt"],
                     group=item["attribute"],
-                    mask=partial(_mask_file, mask) if mask else None,
+                    mask=partial(opened_mask, mask) if mask else None,
                     attribute=item["attribute"],
                     value=_one_of(item["value"], said["attributes"][item["attribute"]]),
                     drawn=item.get("drawn"),
@@ -142,7 +150,7 @@ def portraits(folder: Path) -> Protocol:
         *("clip whole", "clip direction", "attribute edited", "attributes kept", "identity"),
         *("background psnr", "whole lpips"),
     )
-    return Protocol("portraits", cases, scores, said.get("attributes", {}))
+    return Protocol("portraits", cases, scores, attributes=said.get("attributes", {}))
 
 
 def subjects(folder: Path) -> Protocol:
@@ -195,8 +203,22 @@ LAYOUTS: dict[str, Callable[[Path], Protocol]] = {
 }
 
 
-def _mask_file(path: Path, size: Size) -> Image.Image:
-    return scaled(opened(path), size).convert("L")
+def _codes(given: list[str] | None, count: int) -> list[str]:
+    """Names of an entry's targets, as parts of paths; their numbers if it gives none."""
+    codes = [re.sub(r"[^\w-]+", "_", str(code)) for code in given or ()]
+    if len(set(codes)) != len(codes):
+        raise ValueError("two of target_codes are one name: change one")
+    return codes or [f"tar_{index}" for index in range(count)]
+
+
+def _beside(file: Path, name: str) -> Path:
+    """A picture that a YAML file names; the named place if it is in none."""
+    bare = Path(name).name
+    places = [file.parent / name, *(file.parent / folder / bare for folder in _image_folders)]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+_image_folders = ("", "Images", "images")
 
 
 def _without_brackets(prompt: str) -> str:

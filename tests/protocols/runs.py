@@ -1,25 +1,37 @@
-"""A run of a protocol: edits, then scores, then a summary and a page; each part can be resumed."""
+"""A run of a protocol: edits, then scores; each row is kept, and a run makes what is missing."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image
 
-from host.client import Client
+from host.client import Client, PromptTimedOut
 from host.prompts import PromptFailed, PromptInterrupted
 
-from . import drawn, judging, page, summary
-from .cases import BadCase, Case, Protocol, limited, opened, scaled
+from . import drawn, judging, keys
+from .cases import BadCase, Case, Protocol, at_size_of, limited, opened, scaled
 from .judging import Judges
 from .running import Method
-from .store import Key, Row, Store
+from .store import Row, Store
 
-failures = (BadCase, PromptFailed, PromptInterrupted)
+failures = (BadCase, PromptFailed, PromptInterrupted, PromptTimedOut)
 """What one case can suffer while the others go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case to be edited by a method.
+
+    Attributes:
+        edit, scores: keys of the rows; see `keys`.
+    """
+
+    method: Method
+    case: Case
+    edit: str
+    scores: str
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Run:
     Attributes:
         seed: of cases without one.
         size: the longer side that pictures are scaled to; None leaves them.
-        timeout: of one edit, in seconds.
+        timeout: of one edit, and of its scores, in seconds.
     """
 
     protocol: Protocol
@@ -39,52 +51,64 @@ class Run:
     size: int | None
     timeout: float
 
-    def edit(self, client: Client, methods: Sequence[Method]) -> None:
-        """Edit what has not been edited yet, method by method, so that models stay loaded."""
-        done, cases = self.store.rows("edits"), self.protocol.cases
+    def jobs(self, methods: Sequence[Method]) -> list[Job]:
+        """All that is wanted, method by method, so that models stay loaded."""
+        given = []
+        for case in self.protocol.cases:
+            scores = keys.of_scores(case, self.judges, self.protocol.attributes)
+            given.append((case, keys.of_edit(case, self._seed(case), self.size), scores))
+        found = []
         for method in methods:
-            for number, case in enumerate(cases, 1):
-                if (method.name, case.id) in done:
-                    continue
-                row: Row = {"method": method.name, "case": case.id}
-                try:
-                    row["seconds"] = self._edit(client, method, case)
-                except failures as error:
-                    row["error"] = str(error)
-                self.store.add("edits", row)
-                told = row.get("error") or f"{row['seconds']:.1f} s"
-                print(f"{method.name} {number}/{len(cases)} {case.id}: {told}", flush=True)
+            for case, asked, scores in given:
+                edit = keys.key(method.name, method.graph, asked)
+                found.append(Job(method, case, edit, keys.key(edit, scores)))
+        return found
 
-    def _edit(self, client: Client, method: Method, case: Case) -> float:
-        seed = self.seed if case.seed is None else case.seed
-        edit, seconds = method.edit(client, case, self._source(case), seed, self.timeout)
-        file = self.store.picture(method.name, case.id)
+    def edit(self, client: Client, jobs: Sequence[Job]) -> None:
+        """Edit what has not been edited yet."""
+        done = self.store.rows("edits")
+        for number, job in enumerate(jobs, 1):
+            if job.edit in done:
+                continue
+            row: Row = {"key": job.edit, "method": job.method.name, "case": job.case.id}
+            try:
+                row["seconds"] = self._edit(client, job)
+                told = "cached" if row["seconds"] is None else f"{row['seconds']:.1f} s"
+            except failures as error:
+                row["error"] = told = str(error)
+            self.store.add("edits", row)
+            _tell("edit", number, jobs, told)
+
+    def _edit(self, client: Client, job: Job) -> float | None:
+        source, seed = self._source(job.case), self._seed(job.case)
+        edit, seconds = job.method.edit(client, job.case, source, seed, self.timeout)
+        file = self.store.picture(job.method.name, job.case.id, job.edit)
         file.parent.mkdir(parents=True, exist_ok=True)
         edit.save(file)
         return seconds
 
-    def score(self, client: Client) -> None:
+    def score(self, client: Client, jobs: Sequence[Job]) -> None:
         """Score the edits that have not been scored yet."""
-        done = self.store.rows("scores")
-        cases = {case.id: case for case in self.protocol.cases}
-        for key, made in self.store.rows("edits").items():
-            method, name = key
-            if key in done or name not in cases:
+        edits, done = self.store.rows("edits"), self.store.rows("scores")
+        for number, job in enumerate(jobs, 1):
+            if job.scores in done or edits.get(job.edit, {"error": "not made"}).get("error"):
                 continue
-            row: Row = {"method": method, "case": name, "error": made.get("error")}
+            row: Row = {"key": job.scores, "method": job.method.name, "case": job.case.id}
             try:
-                if not row["error"]:
-                    found = self._score(client, cases[name], self.store.picture(*key))
-                    row["scores"] = {**found, "seconds": made["seconds"]}
+                row["scores"] = self._score(client, job)
             except failures as error:
                 row["error"] = str(error)
-                print(f"{method} {name}: {error}", flush=True)
             self.store.add("scores", row)
+            _tell("score", number, jobs, row.get("error", "done"))
 
-    def _score(self, client: Client, case: Case, file: Path) -> judging.Scores:
-        source, edit = self._source(case), opened(file)
-        found = judging.score(client, self.judges, case, source, edit)
-        seen = self._words(client, case, source, scaled(edit, source.size))
+    def _score(self, client: Client, job: Job) -> judging.Scores:
+        case = job.case
+        source = self._source(case)
+        edit = opened(self.store.picture(job.method.name, case.id, job.edit))
+        if not case.references:
+            edit = at_size_of(source, edit)
+        found = judging.score(client, self.judges, case, source, edit, self.timeout)
+        seen = self._words(client, case, source, edit)
         return {**found, **judging.attribute_scores(case, *seen)} if seen else found
 
     def _words(
@@ -96,42 +120,37 @@ class Run:
         attributes, judges = self.protocol.attributes, self.judges
         if not (attributes and judges.clip and judges.clip_vision):
             return None
-        before, after = (
-            judging.clip_words(client, judges, picture, attributes) for picture in (source, edit)
-        )
-        return before, after
+        key = keys.of_words(case, self.size, judges, attributes)
+        known = self.store.rows("words").get(key)
+        if known is None:
+            words = judging.clip_words(client, judges, source, attributes, self.timeout)
+            known = {"key": key, "case": case.id, "words": words}
+            self.store.add("words", known)
+        return known["words"], judging.clip_words(client, judges, edit, attributes, self.timeout)
+
+    def rows(self, jobs: Sequence[Job]) -> list[Row]:
+        """What there is of each job: method, case and key; error, or scores where it is judged."""
+        edits, scores = self.store.rows("edits"), self.store.rows("scores")
+        found = []
+        for job in jobs:
+            if job.edit in edits:
+                row = dict(edits[job.edit])
+                judged = scores.get(job.scores, {})
+                if judged.get("error"):
+                    row["error"] = judged["error"]
+                if judged.get("scores"):
+                    row["scores"] = {**judged["scores"], "seconds": row["seconds"]}
+                found.append(row)
+        return found
+
+    def _seed(self, case: Case) -> int:
+        return self.seed if case.seed is None else case.seed
 
     def _source(self, case: Case) -> Image.Image:
         picture = opened(case.image)
         return scaled(picture, limited(picture.size, self.size))
 
-    def finish(self, command: str) -> None:
-        """Print the summary, write it, and write the page."""
-        wanted = {case.id: case for case in self.protocol.cases}
-        rows = {key: row for key, row in self.store.rows("scores").items() if key[1] in wanted}
-        found = self._figures(rows, wanted)
-        table = summary.table(found)
-        failed = summary.errors(rows.values())
-        print("\n".join([table, *(f"{method}: {n} errors" for method, n in failed.items() if n)]))
-        folder = self.store.folder
-        (folder / "summary.md").write_text(f"`{command}`\n\n{table}\n", "utf-8")
-        groups: dict[str, list[str]] = {}
-        for case in wanted.values():
-            groups.setdefault(case.group, []).append(case.id)
-        written = {
-            "command": command,
-            "errors": failed,
-            "all": [asdict(figure) for figure in found],
-            "groups": {
-                name: [asdict(figure) for figure in self._figures(rows, ids)]
-                for name, ids in groups.items()
-            },
-        }
-        (folder / "summary.json").write_text(json.dumps(written, indent=1) + "\n", "utf-8")
-        made = page.write(self.store, self.protocol, command, rows, found)
-        print(made.absolute())
 
-    def _figures(self, rows: dict[Key, Row], ids: Iterable[str]) -> list[summary.Figure]:
-        chosen = set(ids)
-        some = [row for (_, name), row in rows.items() if name in chosen]
-        return summary.figures(some, self.protocol.scores)
+def _tell(what: str, number: int, jobs: Sequence[Job], told: str) -> None:
+    job = jobs[number - 1]
+    print(f"{what} {number}/{len(jobs)} {job.method.name} {job.case.id}: {told}", flush=True)

@@ -1,4 +1,4 @@
-"""What a run has made so far, on disk: a row for each method and case, and the pictures."""
+"""What runs have made so far, on disk: rows by what they depend on, and the pictures."""
 
 from __future__ import annotations
 
@@ -6,49 +6,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .cases import ProtocolError
-
 Row = dict[str, Any]
-Key = tuple[str, str]
 
 
 class Store:
     """A folder of rows that an interrupted run goes on from.
 
-    A row is written whole or, when the run ends in between, not read.
+    Every row has a `key`, which says what it depends on (see `keys`), so that runs with other
+    cases, workflows, judges or sizes share a folder. A row is written whole or, when the run ends
+    in between, not read.
     """
 
-    def __init__(self, folder: Path, about: Row):
-        """
-        Args:
-            about: what makes two runs the same.
-
-        Raises:
-            ProtocolError: the folder holds another run.
-        """
+    def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        file, text = folder / "run.json", json.dumps(about, indent=1, sort_keys=True)
-        if file.exists() and file.read_text("utf-8") != text:
-            before = json.loads(file.read_text("utf-8"))
-            other = [key for key in about if before.get(key) != about[key]]
-            raise ProtocolError(
-                f"{folder} holds a run with another {', '.join(other) or 'setting'}: choose "
-                "another --output, or delete that folder"
-            )
-        file.write_text(text, "utf-8")
 
-    def rows(self, table: str) -> dict[Key, Row]:
-        """The rows of a table by method and case."""
+    def rows(self, table: str) -> dict[str, Row]:
+        """The rows of a table by key."""
         file = self._file(table)
         if not file.exists():
             return {}
         text = file.read_text("utf-8")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            file.write_text(whole, "utf-8")
-        rows = [json.loads(line) for line in whole.splitlines()]
-        return {(row["method"], row["case"]): row for row in rows}
+            _replace(file, whole)
+        return {row["key"]: row for row in map(json.loads, whole.splitlines())}
 
     def add(self, table: str, row: Row) -> None:
         """Keep a row."""
@@ -58,12 +40,22 @@ class Store:
     def forget_errors(self, table: str) -> None:
         """Drop the rows with errors, so that they are tried again."""
         rows = [row for row in self.rows(table).values() if not row.get("error")]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        self._file(table).write_text(text, "utf-8")
+        _replace(self._file(table), "".join(json.dumps(row) + "\n" for row in rows))
 
-    def picture(self, method: str, case: str) -> Path:
+    def picture(self, method: str, case: str, key: str) -> Path:
         """Where an edit lies."""
-        return self.folder / "pictures" / method / f"{case}.png"
+        return self.folder / "pictures" / method / f"{case}_{key}.png"
+
+    def mask(self, case: str) -> Path:
+        """Where a case's mask lies, for the page."""
+        return self.folder / "masks" / f"{case}.png"
 
     def _file(self, table: str) -> Path:
         return self.folder / f"{table}.jsonl"
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one whenever this ends."""
+    part = file.with_suffix(".part")
+    part.write_text(text, "utf-8")
+    part.replace(file)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from protocols import drawn
-from protocols.cases import BadCase, ProtocolError, limited, opened, scaled
+from protocols.cases import BadCase, ProtocolError, at_size_of, limited, opened, opened_mask, scaled
 from protocols.layouts import LAYOUTS, PIE_TYPES, mask_of_runs
 
 SIDE = 6
@@ -85,6 +85,7 @@ def test_pie_bench(tmp_path: Path) -> None:
     assert (first.group, second.group) == ("random", "change attribute: color")
     assert first.image == tmp_path / "annotation_images/0_random_140/000000000000.jpg"
     assert first.id == "0_random_140/000000000000"
+    assert first.instruction == "Make the frame of the bike rusty"
 
 
 def test_pie_bench_masks_are_the_references() -> None:
@@ -118,7 +119,24 @@ def test_focusflow(tmp_path: Path) -> None:
         *("a tiger", "a sleeping ginger cat", "a green van")
     ]
     assert cases[1].image == tmp_path / "images/cat.png"
-    assert len({case.id for case in cases}) == 3
+    assert [case.id for case in cases] == ["000_cat/tiger", "000_cat/sleeping", "001_van/green"]
+
+
+def test_flowedit_as_it_is_published(tmp_path: Path) -> None:
+    file = tmp_path / "flowedit.yaml"
+    text = FOCUSFLOW.replace("input_img: images/", "init_img: example_images/")
+    file.write_text(text.replace("  target_codes: [green]\n", ""), "utf-8")
+    picture(tmp_path / "Images" / "cat.png")
+    picture(tmp_path / "van.png")
+    cases = LAYOUTS["focusflow"](file).cases
+    assert [case.image for case in cases[1:]] == [
+        tmp_path / "Images/cat.png",
+        tmp_path / "van.png",
+    ]
+    assert cases[-1].id == "001_van/tar_0"
+    file.write_text(text.replace("[a green van]", "a green van"), "utf-8")
+    with pytest.raises(ProtocolError, match=r"entry 2: .*target_prompts is one text: write a list"):
+        LAYOUTS["focusflow"](file)
 
 
 def test_dreambench(tmp_path: Path) -> None:
@@ -217,3 +235,44 @@ def test_pictures_are_averaged_where_they_can_be() -> None:
     assert np.abs(found - expected).max() <= 0.5
     assert limited((512, 256), 128) == (128, 64)
     assert limited((512, 256), None) == (512, 256)
+
+
+def test_masks_are_decoded_in_the_picture_s_own_raster(tmp_path: Path) -> None:
+    side, first = 2 * SIDE, PIE["000000000000"]
+    mask = torch.zeros(side, side)
+    mask[4:8, 2:6] = 1
+    said = {"000000000000": {**first, "mask": drawn.runs_of(mask)}}
+    (tmp_path / "mapping_file.json").write_text(json.dumps(said), "utf-8")
+    file = tmp_path / "annotation_images" / first["image_path"]
+    file.parent.mkdir(parents=True)
+    Image.new("RGB", (side, side)).save(file)
+    (case,) = LAYOUTS["pie-bench"](tmp_path).cases
+    found = case.mask_at((SIDE, SIDE))
+    assert found is not None
+    assert np.array_equal(np.asarray(found)[1:-1, 1:-1] > 0, mask[1::2, 1::2][1:-1, 1:-1] > 0)
+
+
+def test_sixteen_bits_of_grey_are_scaled(tmp_path: Path) -> None:
+    grey = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    found = np.asarray(opened(tmp_path / "grey.png"))
+    assert found[..., 0].tolist() == [[0, 100], [200, 255]]
+    assert np.asarray(opened_mask(tmp_path / "grey.png", (2, 2))).tolist() == [[0, 100], [200, 255]]
+
+
+@pytest.mark.parametrize("painted", [True, False])
+def test_a_mask_may_be_painted_in_alpha(painted: bool, tmp_path: Path) -> None:
+    light = np.array([[255, 255], [0, 0]], np.uint8)
+    alpha = np.array([[0, 255], [0, 255]], np.uint8) if painted else np.full((2, 2), 255, np.uint8)
+    Image.fromarray(np.stack([light] * 3 + [alpha], -1)).save(tmp_path / "mask.png")
+    found = np.asarray(opened_mask(tmp_path / "mask.png", (2, 2)))
+    assert np.array_equal(found, alpha if painted else light)
+
+
+def test_an_edit_that_a_vae_cropped_is_laid_where_it_was() -> None:
+    source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (77, 70, 3), np.uint8))
+    edit = source.crop((3, 6, 67, 70))
+    assert edit.size == (64, 64)
+    assert at_size_of(source, edit) == source
+    assert at_size_of(source, edit.resize((32, 32))).size == source.size
+    assert at_size_of(edit, source) == scaled(source, edit.size)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,9 +17,8 @@ from bench import protocol
 from host.comfyui import PACK
 from host.options import WORKFLOWS
 from host.server import Server
-from protocols import judging, running, summary
-from protocols.cases import Case, ProtocolError
-from protocols.judging import Judges
+from protocols import judging, running
+from protocols.cases import ProtocolError
 from protocols.layouts import LAYOUTS
 from protocols.store import Store
 
@@ -76,7 +74,7 @@ def test_an_interrupted_run_goes_on_to_the_same_summary(
     assert run(layout, tmp_path / "parts") == 130
     made = len(calls)
     assert run(layout, tmp_path / "parts") == 0
-    assert len(calls) == made + COUNT, "the edits that were made are only scored"
+    assert calls[made:] == [1] * COUNT, "the edits that were made are only scored"
     assert figures(tmp_path / "parts") == expected
     page = (tmp_path / "parts" / "index.html").read_text("utf-8")
     assert page.count("alt=edit") == COUNT
@@ -95,39 +93,52 @@ def test_ctrl_c_stops_the_command_and_it_goes_on(server: Server, tmp_path: Path)
     rest = process.stdout.read()
     assert process.wait(60) == 130
     assert "Stopped; the same command goes on from here" in rest
-    before = Store(tmp_path, json.loads((tmp_path / "run.json").read_text("utf-8"))).rows("edits")
+    assert (tmp_path / "index.html").exists()
+    before = Store(tmp_path).rows("edits")
     assert 1 <= len(before) < 3
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert found.count(" s\n") == 3 - len(before)
+    assert found.count("\nedit ") + found.startswith("edit ") == 3 - len(before)
     assert "| whole psnr dB | sdedit | 3 |" in found
 
 
 def test_a_bad_case_is_a_row_and_can_be_tried_again(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "out"
+    output = tmp_path / "my run"
     data = protocol.drawn.focusflow(tmp_path / "data", 1, 4)
     picture = next((tmp_path / "data" / "images").glob("000*"))
-    pixels = picture.read_bytes()
-    picture.unlink()
+    picture.write_bytes(b"no picture")
     assert run("focusflow", output, str(data), count=4) == 0
     assert "sdedit: 2 errors" in capsys.readouterr().out
     assert "cannot be opened" in (output / "index.html").read_text("utf-8")
     assert {figure["count"] for figure in figures(output)["all"]} == {2}
-    picture.write_bytes(pixels)
     assert run("focusflow", output, str(data), count=4) == 0
-    assert figures(output)["errors"] == {"sdedit": 2}, "errors stay until asked"
+    assert "edit 1/4" not in capsys.readouterr().out, "errors stay until asked"
     assert run("focusflow", output, str(data), "--retry", count=4) == 0
+    assert capsys.readouterr().out.count("cannot be opened") == 2
+    assert f"--output '{output}'" in (output / "summary.md").read_text("utf-8")
+    Image.new("RGB", (128, 128)).save(picture)
+    assert run("focusflow", output, str(data), count=4) == 0
     assert figures(output)["errors"] == {"sdedit": 0}
     assert {figure["count"] for figure in figures(output)["all"]} == {4}
 
 
-def test_another_run_is_not_mixed_in(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_drawn_data_of_another_run_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Store(tmp_path, {"layout": "focusflow", "seed": 1})
-    assert run("focusflow", tmp_path) == 1
-    assert "holds a run with another" in capsys.readouterr().err
+    line = ["protocol.py", "pie-bench", "--output", str(tmp_path), "--count"]
+    found = []
+    for count in "12":
+        monkeypatch.setattr(sys, "argv", [*line, count])
+        found.append(protocol.protocol_of(protocol.options()))
+    assert [len(one.cases) for one in found] == [1, 2]
+    folders = {one.cases[0].image.parents[2] for one in found}
+    assert [
+        len(json.loads((f / "mapping_file.json").read_text("utf-8"))) for f in sorted(folders)
+    ] == [
+        1,
+        2,
+    ]
 
 
 def test_a_server_that_is_not_there_is_named(
@@ -137,83 +148,32 @@ def test_a_server_that_is_not_there_is_named(
     assert "No ComfyUI answers at http://127.0.0.1:9" in capsys.readouterr().err
 
 
+def test_workflows_of_one_name_are_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "sdedit.json"
+    assert run("focusflow", tmp_path / "out", "--workflow", str(other)) == 1
+    assert f"sdedit.json and {other} have one name: rename" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_judges_that_are_not_there_stop_the_run(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("focusflow", tmp_path, "--dino", "nowhere.safetensors", count=1) == 1
-    assert "nowhere.safetensors" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--dino nowhere.safetensors is not in the server's models/clip_vision: there" in error
+    assert "pinpoint_dino.safetensors" in error
+    assert not (tmp_path / "edits.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for names in protocol.shipped.values() for name in names})
+)
+def test_shipped_methods_have_places_for_all_of_a_case(server: Server, name: str) -> None:
+    assert running.Method.of(server, WORKFLOWS / f"{name}.json").name == name
 
 
 def test_a_workflow_that_saves_several_pictures_is_refused(server: Server) -> None:
     with pytest.raises(ProtocolError, match="saves 2 pictures: give the edit's Save Image"):
         running.Method.of(server, WORKFLOWS / "flexip_gamma.json")
-
-
-def test_a_row_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
-    store = Store(tmp_path, {})
-    store.add("edits", {"method": "a", "case": "1"})
-    with (tmp_path / "edits.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"method": "a", "ca')
-    assert list(store.rows("edits")) == [("a", "1")]
-    store.add("edits", {"method": "a", "case": "2"})
-    assert list(store.rows("edits")) == [("a", "1"), ("a", "2")]
-
-
-class Parrot:
-    """A client that finds a picture as near to a phrase as it is told."""
-
-    def __init__(self, likeness: dict[str, float]):
-        self.likeness = likeness
-
-    def upload_image(self, name: str, _content: bytes) -> str:
-        return name
-
-    def run(self, graph: dict[str, Any]) -> dict[str, Any]:
-        shown = {}
-        for key, node in graph.items():
-            if node["class_type"] == "PreviewAny":
-                (score, slot) = node["inputs"]["source"]
-                assert slot == 4
-                phrase = graph[score]["inputs"]["target_prompt"]
-                shown[key] = {"text": [str(self.likeness[phrase])]}
-        return shown
-
-
-def test_a_clip_takes_the_nearest_phrase_of_each_attribute() -> None:
-    attributes = {"hair": ["black hair", "red hair"], "mouth": ["a smile", "a straight face"]}
-    client: Any = Parrot(
-        {"black hair": 0.21, "red hair": 0.26, "a smile": 0.3, "a straight face": 0.2}
-    )
-    judges = Judges(clip="l.safetensors", clip_vision="l.safetensors")
-    shown = judging.clip_words(client, judges, Image.new("RGB", (64, 48)), attributes)
-    assert shown == {"hair": "red hair", "mouth": "a smile"}
-    case = Case("ann", Path(), "", "", attribute="hair", value="red hair")
-    before = {"hair": "black hair", "mouth": "a straight face"}
-    assert judging.attribute_scores(case, before, shown) == {
-        "attribute edited": 1.0,
-        "attributes kept": 0.0,
-    }
-
-
-def test_intervals_hold_the_median_and_shrink_with_the_cases() -> None:
-    rng = np.random.default_rng(1)
-    widths = []
-    for count in (10, 1000):
-        values = rng.normal(20, 3, count)
-        low, high = summary.interval(values)
-        assert low <= np.median(values) <= high
-        widths.append(high - low)
-    assert widths[1] < widths[0] / 4
-    assert summary.interval(np.full(5, 3.0)) == (3.0, 3.0)
-
-
-def test_errors_count_nowhere_and_scales_are_the_papers() -> None:
-    rows: list[dict[str, Any]] = [
-        {"method": "a", "case": "1", "scores": {"background lpips": 0.1, "seconds": 2.0}},
-        {"method": "a", "case": "2", "scores": {"background lpips": None, "seconds": 4.0}},
-        {"method": "a", "case": "3", "error": "out of memory"},
-    ]
-    lpips, seconds = summary.figures(rows, ("background lpips",))
-    assert (lpips.count, lpips.mean, lpips.unit) == (1, 100.0, "x10^3")
-    assert (seconds.count, seconds.median) == (2, 3.0)
-    assert summary.errors(rows) == {"a": 1}
