@@ -2,7 +2,7 @@
 
     python tests/bench/protocol.py pie-bench FOLDER --workflow my_edit.json \\
         --server http://127.0.0.1:8188 --lpips squeeze --dino dinov2.safetensors \\
-        --clip clip_l.safetensors --clip-vision clip_l.safetensors
+        --clip clip-vit-large-patch14.safetensors --clip-vision clip-vit-large-patch14.safetensors
 
 Layouts: pie-bench (its folder with mapping_file.json), focusflow (a YAML file of cases), portraits
 (a folder with portraits.json) and subjects (DreamBench's dataset folder). Without a folder, drawn
