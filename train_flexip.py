@@ -142,7 +142,11 @@ def load_pack() -> ModuleType:
     pack = importlib.util.module_from_spec(spec)
     sys.modules[PACK] = pack
     spec.loader.exec_module(pack)
-    importlib.import_module(f"{PACK}.nodes.host.adapter_files").register_folder()
+    files, adapters = (
+        importlib.import_module(f"{PACK}.nodes.host.{name}")
+        for name in ("tensor_files", "adapter_files")
+    )
+    files.register_folder(adapters.folder)
     return pack
 
 
