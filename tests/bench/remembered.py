@@ -1,6 +1,6 @@
 """What a second edit of the same picture costs when the source is remembered.
 
-    python tests/bench/remembered.py --count 10 --seed 1 --json tests/bench/results/remembered.json
+    python tests/bench/remembered.py --count 6 --seed 1 --json tests/bench/results/remembered.json
 
 Each held-out portrait is edited twice from the same prompt, with FlowEdit's steps and guidance for
 Flux.1 and the demo model in SD3's format. `latents` is how many latents the network is asked about
