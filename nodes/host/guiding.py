@@ -150,7 +150,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         self._evaluated_source = False
         if self._asked_of:
             # All that may be in prepared conditionings.
-            given = (*self._asked_of, noise, clean, denoise_mask, seed)
+            given = (*self._asked_of, noise, clean, denoise_mask, sigmas, seed)
             self._run = remembering.digest(given)
         try:
             edited = super().inner_sample(
@@ -265,8 +265,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
     ) -> Tensor:
         """Both branches, each asked alone, the source only if it has not been asked before."""
         target, source = branches
-        schedule = options["transformer_options"].get("sample_sigmas")
-        key = remembering.digest([self._run, source.x, sigma, schedule])
+        key = remembering.digest([self._run, source.x, sigma])
         known = self._memory.get(key)
         if known is None:
             known = self._predict_alone(source, sigma, _with_sources(options, source.conds))

@@ -88,8 +88,13 @@ def cases(lab: Lab, split: str, seed: int, count: int, batch: int = batch) -> It
         yield Case(part, source, target, truth, latent, decoded, prompts, seed + start)
 
 
-def velocity_masks(lab: Lab, model: Any, case: Case) -> tuple[Tensor, Tensor]:
-    """Soft and thresholded mask from the node, with the demo's settings."""
+def velocity_masks(
+    lab: Lab, model: Any, case: Case, *, remember_source: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Soft and thresholded mask from the node, with the demo's settings.
+
+    Methods are compared on the same cases, and each is to pay for its own: nothing is remembered.
+    """
     soft, hard, _ = lab.run(
         "PinpointVelocityMask",
         model=model,
@@ -104,7 +109,7 @@ def velocity_masks(lab: Lab, model: Any, case: Case) -> tuple[Tensor, Tensor]:
         dilation=0,
         blur=0,
         seed=case.seed,
-        remember_source=False,
+        remember_source=remember_source,
     )
     return soft, hard
 
@@ -133,6 +138,7 @@ def sample_edit(
     *,
     mask: Tensor | None,
     guidance: tuple[float, float],
+    remember_source: bool = False,
 ) -> Tensor:
     """One of the Edit Sampler's methods on any LATENT, decoded.
 
@@ -155,8 +161,7 @@ def sample_edit(
         source_guidance=guidance[0],
         target_guidance=guidance[1],
         guidance_mode="auto",
-        # Methods are compared on the same cases, and each is to pay for its own.
-        remember_source=False,
+        remember_source=remember_source,
     )
     (sigmas,) = lab.run("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
     (noise,) = lab.run("RandomNoise", noise_seed=seed)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,79 +24,36 @@ from torch import Tensor, nn
 
 from bench import edits
 from bench.lab import Lab, Row, arguments, report
-from portraits.dataset import people
-from portraits.people import Portrait, attributes, caption
+from portraits.people import attributes, caption
 
 columns = ["edit", "seconds", "times_faster", "latents", "same"]
 
 
-def prompts(lab: Lab, person: Portrait) -> dict[str, list]:
-    """The source's prompt and two others'."""
-    texts = {"source": caption(person)}
-    for name, attribute in (("first", "hat"), ("second", "background")):
-        values = attributes[attribute]
-        other = values[(values.index(person.attributes[attribute]) + 1) % len(values)]
-        texts[name] = caption(person.having(attribute, other))
-    return {name: lab.prompts([text]) for name, text in texts.items()}
+def case_of(lab: Lab, case: edits.Case, changed: str) -> edits.Case:
+    """The same picture, and a prompt that changes one attribute of it."""
+    (edit,) = case.edits
+    values = attributes[changed]
+    other = values[(values.index(edit.source.attributes[changed]) + 1) % len(values)]
+    target = lab.prompts([caption(edit.source.having(changed, other))])
+    return replace(case, prompts={**case.prompts, "target": target})
 
 
-def edited(
-    lab: Lab,
-    model: Any,
-    latent: dict[str, Tensor],
-    said: dict[str, list],
-    target: str,
-    *,
-    finds: bool,
-) -> Tensor:
-    """One Edit with Words of the node's parts: a mask if it is to be found, and the edit."""
+def edited(lab: Lab, model: Any, case: edits.Case, *, finds: bool) -> Tensor:
+    """The parts of an Edit with Words: a mask if it is to be found, and the edit."""
     mask = None
-    both = {"model": model, "source": said["source"], "target": said[target]}
     if finds:
-        mask, *_ = lab.run(
-            "PinpointVelocityMask",
-            **both,
-            latent=latent,
-            noise_level=0.75,
-            samples=10,
-            guidance=1.0,
-            threshold=0.3,
-            softness=0.3,
-            dilation=0,
-            blur=0,
-            seed=0,
-        )
-    (sampler,) = lab.run(
-        "PinpointEditSampler",
-        method="FocusFlow",
-        n_max=edits.n_max,
-        n_min=0,
-        n_avg=1,
-        reanchor=False,
+        mask, _ = edits.velocity_masks(lab, model, case, remember_source=True)
+    return edits.sample_edit(
+        lab,
+        model,
+        case.prompts,
+        case.latent,
+        case.seed,
+        "FocusFlow",
         mask=mask,
+        guidance=edits.published_guidance,
+        remember_source=True,
     )
-    source_guidance, target_guidance = edits.published_guidance
-    (guider,) = lab.run(
-        "PinpointSourceTargetGuider",
-        **both,
-        negative=lab.prompts([""]),
-        source_guidance=source_guidance,
-        target_guidance=target_guidance,
-        guidance_mode="auto",
-    )
-    (sigmas,) = lab.run(
-        "BasicScheduler", model=model, scheduler="simple", steps=edits.steps, denoise=1.0
-    )
-    (noise,) = lab.run("RandomNoise", noise_seed=0)
-    made, _ = lab.run(
-        "SamplerCustomAdvanced",
-        noise=noise,
-        guider=guider,
-        sampler=sampler,
-        sigmas=sigmas,
-        latent_image=latent,
-    )
-    return made["samples"]
 
 
 class Watch:
@@ -124,22 +82,21 @@ def main() -> None:
     options = arguments(__doc__, 10)
     lab = Lab()
     watch, same = Watch(lab.model.model.diffusion_model), dict.fromkeys((True, False), 0)
-    for person in people("held-out", options.seed, options.count):
-        said, latent = prompts(lab, person), lab.encode(edits.pictures([person]).float() / 255)
+    for case in edits.cases(lab, "held-out", options.seed, options.count, batch=1):
+        first, second = (case_of(lab, case, changed) for changed in ("hat", "background"))
         for finds in (True, False):
             kind = "found mask" if finds else "no mask"
             model, other = lab.model.clone(), lab.model.clone()
-            given = {"latent": latent, "said": said, "finds": finds}
-            watch.timed(f"first, {kind}", lab, model, target="first", **given)
-            second = watch.timed(f"second, {kind}", lab, model, target="second", **given)
-            anew = watch.timed(f"second anew, {kind}", lab, other, target="second", **given)
-            same[finds] += torch.equal(second, anew)
+            watch.timed(f"first, {kind}", lab, model, first, finds=finds)
+            made = watch.timed(f"second, {kind}", lab, model, second, finds=finds)
+            anew = watch.timed(f"second anew, {kind}", lab, other, second, finds=finds)
+            same[finds] += torch.equal(made, anew)
     rows: list[Row] = []
     for name, seconds in watch.seconds.items():
         kind = name.split(", ")[1]
         median = statistics.median(seconds)
-        first = statistics.median(watch.seconds[f"first, {kind}"])
-        row = {"edit": name, "seconds": median, "times_faster": first / median}
+        whole = statistics.median(watch.seconds[f"first, {kind}"])
+        row = {"edit": name, "seconds": median, "times_faster": whole / median}
         rows.append({**row, "latents": watch.latents[name]})
         if name.startswith("second, "):
             rows[-1]["same"] = same[kind == "found mask"] / options.count
