@@ -35,6 +35,32 @@ def method() -> io.Combo.Input:
     )
 
 
+def clip_percentiles() -> list[io.Float.Input]:
+    """Between which percentiles a heat map is stretched."""
+    return [
+        io.Float.Input(
+            "clip_low",
+            default=1.0,
+            min=0.0,
+            max=49.0,
+            step=0.1,
+            optional=True,
+            advanced=True,
+            tooltip="Percentile of the heat that becomes 0.",
+        ),
+        io.Float.Input(
+            "clip_high",
+            default=99.0,
+            min=51.0,
+            max=100.0,
+            step=0.1,
+            optional=True,
+            advanced=True,
+            tooltip="Percentile of the heat that becomes 1.",
+        ),
+    ]
+
+
 def remember_source() -> io.Boolean.Input:
     """Whether a second edit of the same picture is to cost half."""
     return io.Boolean.Input(
