@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import torch.nn.functional as F
 from torch import Tensor
+
+from . import masks
 
 
 def gathered(tokens: Tensor, index: Tensor) -> Tensor:
@@ -30,3 +35,20 @@ def scattered(active: Tensor, kept: Tensor, index: Tensor) -> Tensor:
         (B, L, C), contiguous.
     """
     return kept.contiguous().index_copy(1, index, active)
+
+
+def touched(mask: Tensor, grid: tuple[int, int], halo: int) -> Tensor:
+    """Which tokens of a picture a mask touches.
+
+    Args:
+        mask: (B, H, W); a token is touched if the mask is above 0 anywhere in it, in any row.
+        grid: rows and columns of tokens; the last ones may reach over the mask's edge.
+        halo: tokens around these that count too.
+
+    Returns:
+        (rows * columns,) bool.
+    """
+    inside = (mask > 0).float().amax(0)[None]
+    patch = (math.ceil(mask.shape[1] / grid[0]), math.ceil(mask.shape[2] / grid[1]))
+    inside = F.max_pool2d(inside, patch, ceil_mode=True)
+    return masks.dilated(inside, 2 * halo + 1).flatten() > 0

@@ -7,6 +7,7 @@ from comfy_execution.graph_utils import GraphBuilder
 from torch import Tensor
 
 from .host import arguments, widgets
+from .host.active_tokens import ActiveSettings
 from .host.expanding import Link
 from .host.guiding import GuidanceMode, SourceTargetGuider
 from .host.sampling import EditSampler, EditSettings, Method
@@ -167,6 +168,28 @@ class EditSamplerNode(io.ComfyNode):
                         "mask if it has one. None edits everywhere."
                     ),
                 ),
+                widgets.active_tokens(),
+                io.Int.Input(
+                    "refresh",
+                    default=1,
+                    min=1,
+                    max=10000,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "With active_tokens: the source is evaluated afresh every so many steps. "
+                        "More than 1 saves time in second edits of a remembered source."
+                    ),
+                ),
+                io.Int.Input(
+                    "halo",
+                    default=1,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With active_tokens: tokens around the mask that are calculated too.",
+                ),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced.")],
         )
@@ -180,6 +203,9 @@ class EditSamplerNode(io.ComfyNode):
         n_avg: int,
         reanchor: bool,
         mask: Tensor | None = None,
+        active_tokens: bool = False,
+        refresh: int = 1,
+        halo: int = 1,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
         if n_min > n_max:
@@ -187,7 +213,9 @@ class EditSamplerNode(io.ComfyNode):
                 f"n_min is {n_min}, more than n_max ({n_max}): it counts the last of those steps, "
                 "so lower it"
             )
-        return io.NodeOutput(EditSampler(EditSettings(method, n_max, n_min, n_avg, reanchor, mask)))
+        active = ActiveSettings(refresh, halo) if active_tokens else None
+        settings = EditSettings(method, n_max, n_min, n_avg, reanchor, mask, active)
+        return io.NodeOutput(EditSampler(settings))
 
 
 class EditWithWords(io.ComfyNode):
@@ -284,6 +312,7 @@ class EditWithWords(io.ComfyNode):
                     tooltip="Where to edit; found automatically if absent.",
                 ),
                 widgets.remember_source(),
+                widgets.active_tokens(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The edit, for VAE Decode."),
@@ -308,6 +337,7 @@ class EditWithWords(io.ComfyNode):
         negative: Link | None = None,
         mask: Link | None = None,
         remember_source: bool = True,
+        active_tokens: bool = False,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
         graph = GraphBuilder()
@@ -345,6 +375,7 @@ class EditWithWords(io.ComfyNode):
             n_avg=1,
             reanchor=False,
             mask=mask,
+            active_tokens=active_tokens,
         )
         sigmas = graph.node(
             "BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0

@@ -15,7 +15,8 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from torch import Tensor
 
 from ...kernels import flow
-from . import arguments, families, remembering, tap, values
+from . import active_tokens, arguments, families, remembering, tap, values
+from .active_tokens import ActiveSettings, ActiveTokens
 from .branches import Branch, Options, guide, predict_apart, predict_together
 
 log = logging.getLogger(__name__)
@@ -191,6 +192,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         extra_args: dict[str, Any],
         *,
         source_stays: bool = True,
+        active: ActiveTokens | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Guided velocities of both prompts, each at its own latent.
 
@@ -199,9 +201,11 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             sigma: in (0, 1].
             extra_args: what ComfyUI hands to a sampler ("model_options", "seed").
             source_stays: whether another edit would ask the same of the source.
+            active: the tokens of which the target's velocity is wanted.
         """
         options = create_model_options_clone(extra_args["model_options"])
         options[pair_key] = source_stays
+        options[active_tokens.active_key] = active
         x = torch.cat([target, source])
         denoised = self(x, x.new_full((len(x),), sigma), options, extra_args.get("seed"))
         return flow.velocity(x, denoised, sigma).chunk(2)
@@ -217,6 +221,23 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
                 break
             draws = (draws + 1) // 2
         return draws
+
+    def active_tokens(
+        self, settings: ActiveSettings, mask: Tensor, rows: int, options: Options
+    ) -> ActiveTokens | None:
+        """The tokens of an edit that are calculated; None, with a warning, for all.
+
+        Args:
+            mask: (B or 1, 1, H, W) on the latent's grid, or a number if there is none.
+            rows: of a prompt in a call's batch.
+            options: `model_options` as the sampler gets them.
+        """
+        prompts = [*self.conds.values(), *self.source_conds.values()]
+        rows *= 1 if self.source_cfg == 1.0 else 2
+        reason = active_tokens.hindrance(
+            self.model_patcher, options, prompts, self._can_share_a_call(options)
+        )
+        return active_tokens.planned(self.model_patcher, settings, mask, rows, reason)
 
     def target_velocity(self, x: Tensor, sigma: float, extra_args: dict[str, Any]) -> Tensor:
         """Guided velocity of the target prompt alone."""
@@ -235,7 +256,8 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         if pair_key not in model_options:
             return super().predict_noise(x, timestep, _with_sources(model_options, []), seed)
         self._evaluated_source = True
-        options = {key: value for key, value in model_options.items() if key != pair_key}
+        own_keys = (pair_key, active_tokens.active_key)
+        options = {key: value for key, value in model_options.items() if key not in own_keys}
         (target, source), sigma = x.chunk(2), timestep[: len(x) // 2]
         if self.same_prompts and torch.equal(target, source):
             alone = _with_sources(options, [])
@@ -245,8 +267,10 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             self._branch(self.conds, target, sigma, self.target_cfg, options),
             self._branch(self.source_conds, source, sigma, self.source_cfg, options),
         ]
-        if model_options[pair_key] and self._remembers(options):
-            return self._predict_remembering(branches, sigma, options)
+        active = model_options[active_tokens.active_key]
+        remembers = model_options[pair_key] and self._remembers(options)
+        if remembers or active is not None:
+            return self._predict_in_turn(branches, sigma, options, active, remembers=remembers)
         options = _with_sources(options, branches[1].conds, branches[0].conds)
         predicted = predict_together if self._can_share_a_call(options) else predict_apart
         outputs = predicted(self.inner_model, branches, sigma, options)
@@ -260,17 +284,30 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
     def _remembers(self, options: Options) -> bool:
         return self._run is not None and remembering.is_repeatable(options)
 
-    def _predict_remembering(
-        self, branches: list[Branch], sigma: Tensor, options: Options
+    def _predict_in_turn(
+        self,
+        branches: list[Branch],
+        sigma: Tensor,
+        options: Options,
+        active: ActiveTokens | None,
+        *,
+        remembers: bool,
     ) -> Tensor:
-        """Both branches, each asked alone, the source only if it has not been asked before."""
+        """Both branches, each asked alone, the source only if its answer is not known."""
         target, source = branches
-        key = remembering.digest([self._run, source.x, sigma])
-        known = self._memory.get(key)
-        if known is None:
-            known = self._predict_alone(source, sigma, _with_sources(options, source.conds))
-            self._memory.keep(key, known)
-        own = self._predict_alone(target, sigma, _with_sources(options, [], target.conds))
+        key = remembering.digest([self._run, source.x, sigma]) if remembers else b""
+        known = self._memory.get(key) if remembers else None
+        is_due = active is not None and active.is_due
+        if known is None or is_due:
+            asked = _with_sources(options, source.conds)
+            asked = active.recorded(asked) if active is not None and is_due else asked
+            answer = self._predict_alone(source, sigma, asked)
+            if known is None and remembers:
+                self._memory.keep(key, answer)
+            known = answer if known is None else known
+        asked = _with_sources(options, [], target.conds)
+        asked = asked if active is None else active.applied(asked)
+        own = self._predict_alone(target, sigma, asked)
         return torch.cat([own, known.to(own)])
 
     def _predict_alone(self, branch: Branch, sigma: Tensor, options: Options) -> Tensor:

@@ -263,6 +263,11 @@ def blocks_of(model: ModelPatcher) -> list[Block]:
     return layout_of(model).blocks(model.model.diffusion_model)
 
 
+def grid_of(model: ModelPatcher, latent: tuple[int, ...]) -> tuple[int, int, int]:
+    """Frames, rows and columns of a transformer's tokens of a latent (B, C, [T,] H, W)."""
+    return _grid(model.model.diffusion_model, latent)
+
+
 def attention_widths(model: ModelPatcher) -> dict[Block, int]:
     """Width of all heads together where each block's picture attends to the text."""
     layout, network = layout_of(model), model.model.diffusion_model

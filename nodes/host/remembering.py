@@ -22,7 +22,7 @@ limit = 256 * 2**20
 """Bytes kept for a model at most."""
 _own = "pinpoint"
 """What the keys of our own wrappers begin with; none of them keeps anything from call to call."""
-_hooks = (
+hooks = (
     *("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"),
     *("sampler_calc_cond_batch_function", "model_function_wrapper"),
     *("context_handler", "multigpu_clones"),
@@ -74,7 +74,7 @@ def memory_of(model: ModelPatcher) -> SourceMemory:
 def is_repeatable(options: dict[str, Any]) -> bool:
     """Whether a call with these `model_options` answers the same to the same question."""
     inner = options["transformer_options"]
-    if values.sharing_key in inner or any(options.get(hook) for hook in _hooks):
+    if values.sharing_key in inner or any(options.get(hook) for hook in hooks):
         return False
     wrappers = (options.get("wrappers", {}), inner.get("wrappers", {}))
     keys = (key for kinds in wrappers for kind in kinds.values() for key in kind)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ...kernels import flow
 from . import arguments
+from .active_tokens import ActiveSettings, ActiveTokens
 from .guiding import SourceTargetGuider
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class EditSettings:
         n_avg: noises averaged in each moving step.
         reanchor: put the source back outside the mask before every moving step, too.
         mask: (B or 1, H, W) in [0, 1], any size, or None for everywhere.
+        active: which of the target's tokens are calculated; None for all.
     """
 
     method: Method = "FocusFlow"
@@ -43,6 +45,7 @@ class EditSettings:
     n_avg: int = 1
     reanchor: bool = False
     mask: Tensor | None = None
+    active: ActiveSettings | None = None
 
 
 class EditSampler(comfy.samplers.Sampler):
@@ -73,6 +76,7 @@ class EditSampler(comfy.samplers.Sampler):
         steps = list(enumerate(pairwise(schedule)))
         for index, (sigma, following) in tqdm(steps, disable=disable_pbar):
             comfy.model_management.throw_exception_if_processing_interrupted()
+            run.begin(index)
             moving = len(steps) - index > self.settings.n_min
             preview = run.move(sigma, following) if moving else run.resample(sigma, following)
             if callback is not None:
@@ -159,6 +163,12 @@ class _Run:
         self.delta = torch.zeros_like(source)
         self.anchor_noise: Tensor | None = None
         self.latent = source
+        self.active = self._active_tokens()
+
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        if self.active is not None:
+            self.active.step, self.active.part = step, 0
 
     def move(self, sigma: float, following: float) -> Tensor:
         """One step of the noise-free phase; returns the predicted clean picture for the preview."""
@@ -194,8 +204,27 @@ class _Run:
             noises = [self._noise() for _ in range(draws)]
             source = torch.cat([flow.noised(self.source, noise, sigma) for noise in noises])
             target = source + self.delta.repeat(draws, *[1] * (source.ndim - 1))
-            yield *self.guider.velocities(target, source, sigma, self.extra_args), draws
+            both = self.guider.velocities(
+                target, source, sigma, self.extra_args, active=self.active
+            )
+            yield *both, draws
             left -= draws
+            if self.active is not None:
+                self.active.part += 1
+
+    def _active_tokens(self) -> ActiveTokens | None:
+        settings = self.settings
+        if settings.active is None:
+            return None
+        if settings.method != "FocusFlow":
+            log.warning(
+                f"Pinpoint: {settings.method} moves the whole picture, so all is calculated"
+            )
+            return None
+        rows = len(self.source) * settings.n_avg
+        return self.guider.active_tokens(
+            settings.active, self.mask, rows, self.extra_args["model_options"]
+        )
 
     def resample(self, sigma: float, following: float) -> Tensor:
         """One step of plain sampling with the target prompt, the source anchored outside the mask.

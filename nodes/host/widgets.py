@@ -151,3 +151,18 @@ def seed(tooltip: str) -> io.Int.Input:
         control_after_generate=io.ControlAfterGenerate.fixed,
         tooltip=tooltip,
     )
+
+
+def active_tokens() -> io.Boolean.Input:
+    """Whether only the tokens inside the mask are calculated."""
+    return io.Boolean.Input(
+        "active_tokens",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip=(
+            "Experimental, SD3 and Flux: calculate the target only inside the mask and let it see "
+            "the source outside, so that small edits cost less. Keeps keys and values of the "
+            "outside: up to 3 GB for a Flux picture of 1024 x 1024."
+        ),
+    )

@@ -66,6 +66,9 @@ class Edit:
     target_guidance: float = 4.0
     guidance_mode: str = "cfg"
     remember_source: bool = True
+    active_tokens: bool = False
+    refresh: int = 1
+    halo: int = 1
     schedule: Tensor | None = None
     """Sigmas in place of a scheduler's."""
 
@@ -80,7 +83,16 @@ class Edit:
 
     def sampler_widgets(self) -> dict[str, Any]:
         """The values of the Edit Sampler's widgets."""
-        names = ("method", "n_max", "n_min", "n_avg", "reanchor")
+        names = (
+            "method",
+            "n_max",
+            "n_min",
+            "n_avg",
+            "reanchor",
+            "active_tokens",
+            "refresh",
+            "halo",
+        )
         return {name: getattr(self, name) for name in names}
 
     def parts(self) -> dict[str, Any]:
