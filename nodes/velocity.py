@@ -171,14 +171,15 @@ class EditSamplerNode(io.ComfyNode):
                 widgets.active_tokens(),
                 io.Int.Input(
                     "refresh",
-                    default=1,
+                    default=4,
                     min=1,
                     max=10000,
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "With active_tokens: the source is evaluated afresh every so many steps. "
-                        "More than 1 saves time in second edits of a remembered source."
+                        "With active_tokens: what is seen outside the mask is taken from the source "
+                        "anew every so many steps. With a remembered source, the model is asked "
+                        "about it in these steps only."
                     ),
                 ),
                 io.Int.Input(
@@ -204,7 +205,7 @@ class EditSamplerNode(io.ComfyNode):
         reanchor: bool,
         mask: Tensor | None = None,
         active_tokens: bool = False,
-        refresh: int = 1,
+        refresh: int = 4,
         halo: int = 1,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())

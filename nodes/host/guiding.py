@@ -267,7 +267,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
             self._branch(self.conds, target, sigma, self.target_cfg, options),
             self._branch(self.source_conds, source, sigma, self.source_cfg, options),
         ]
-        active = model_options[active_tokens.active_key]
+        active = model_options.get(active_tokens.active_key)
         remembers = model_options[pair_key] and self._remembers(options)
         if remembers or active is not None:
             return self._predict_in_turn(branches, sigma, options, active, remembers=remembers)
