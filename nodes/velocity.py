@@ -171,14 +171,14 @@ class EditSamplerNode(io.ComfyNode):
                 widgets.active_tokens(),
                 io.Int.Input(
                     "refresh",
-                    default=4,
+                    default=6,
                     min=1,
                     max=10000,
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "With active_tokens: what is seen outside the mask is taken from the source "
-                        "anew every so many steps. With a remembered source, the model is asked "
+                        "With active_tokens: what is seen outside the mask is taken anew from the "
+                        "source every so many steps. With a remembered source, the model is asked "
                         "about it in these steps only."
                     ),
                 ),
@@ -205,7 +205,7 @@ class EditSamplerNode(io.ComfyNode):
         reanchor: bool,
         mask: Tensor | None = None,
         active_tokens: bool = False,
-        refresh: int = 4,
+        refresh: int = 6,
         halo: int = 1,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())

@@ -105,7 +105,7 @@ class EditSampler(comfy.samplers.Sampler):
             raise ValueError(
                 "noise is empty (Disable Noise): connect RandomNoise, an edit needs it"
             )
-        schedule = [float(sigma) for sigma in sigmas[steps - settings.n_max :]]
+        schedule = sigmas[steps - settings.n_max :].tolist()
         highest = float(guider.model_patcher.get_model_object("model_sampling").sigma_max)
         falling = all(a >= b and a > 0 for a, b in pairwise(schedule))
         if not falling or schedule[0] > max(1.0, highest):

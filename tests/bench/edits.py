@@ -121,10 +121,23 @@ def flow_edit(
     method: str,
     mask: Tensor | None,
     guidance: tuple[float, float] = published_guidance,
+    **widgets: Any,
 ) -> Tensor:
-    """One of the Edit Sampler's methods on a batch of edits, decoded."""
+    """One of the Edit Sampler's methods on a batch of edits, decoded.
+
+    Args:
+        widgets: more of the Edit Sampler's.
+    """
     return sample_edit(
-        lab, model, case.prompts, case.latent, case.seed, method, mask=mask, guidance=guidance
+        lab,
+        model,
+        case.prompts,
+        case.latent,
+        case.seed,
+        method,
+        mask=mask,
+        guidance=guidance,
+        **widgets,
     )
 
 
@@ -139,11 +152,13 @@ def sample_edit(
     mask: Tensor | None,
     guidance: tuple[float, float],
     remember_source: bool = False,
+    **widgets: Any,
 ) -> Tensor:
     """One of the Edit Sampler's methods on any LATENT, decoded.
 
     Args:
         prompts: "source", "target" and "negative".
+        widgets: more of the Edit Sampler's.
     """
     (sampler,) = lab.run(
         "PinpointEditSampler",
@@ -153,6 +168,7 @@ def sample_edit(
         n_avg=1,
         reanchor=False,
         mask=mask,
+        **widgets,
     )
     (guider,) = lab.run(
         "PinpointSourceTargetGuider",

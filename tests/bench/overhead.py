@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.lab import Lab, Row, arguments, report
+from bench.random_models import random_latent, random_prompt, random_sd3
 from host import stock
 
 steps = 6
@@ -85,41 +86,6 @@ class Holdings(TorchDispatchMode):
             self.depth -= 1
 
 
-def random_sd3(depth: int, side: int) -> Any:
-    """An SD3 transformer of `64 * depth` channels with random weights, for latents up to `side`."""
-    import comfy.ops
-    import comfy.sd
-    from comfy.ldm.modules.diffusionmodules import mmdit
-
-    text = {"in_features": 4096, "out_features": 64 * depth}
-    made = mmdit.OpenAISignatureMMDITWrapper(
-        input_size=None,
-        patch_size=2,
-        in_channels=16,
-        depth=depth,
-        context_embedder_config={"target": "torch.nn.Linear", "params": text},
-        adm_in_channels=2048,
-        num_patches=(side // 2) ** 2,
-        pos_embed_max_size=side // 2,
-        operations=comfy.ops.disable_weight_init,
-        dtype=torch.float32,
-        device="cpu",
-    )
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(value.shape, generator=generator) * 0.02
-        for name, value in made.state_dict().items()
-    }
-    return comfy.sd.load_diffusion_model_state_dict(weights)
-
-
-def random_prompt(seed: int) -> list:
-    """A conditioning of SD3's shape."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(1, 77, 4096, generator=generator)
-    return [[tokens, {"pooled_output": torch.randn(1, 2048, generator=generator)}]]
-
-
 def two_prompts(lab: Lab, model: Any) -> Any:
     """A Source/Target Guider with classifier-free guidance on both random prompts."""
     source, target, negative = map(random_prompt, range(3))
@@ -154,11 +120,6 @@ def bare_seconds(lab: Lab, model: Any, side: int) -> float:
         return time.perf_counter() - started
 
     return stock.inside(two_prompts(lab, model), latent, call)
-
-
-def random_latent(side: int) -> torch.Tensor:
-    """One latent of 16 channels."""
-    return torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(3))
 
 
 def timed_edit(lab: Lab, model: Any, side: int) -> tuple[float, Stopwatch]:

@@ -1,0 +1,200 @@
+"""What edits cost and are worth when only the tokens inside the mask are calculated.
+
+    python tests/bench/active.py --count 200 --seed 1 --json tests/bench/results/active.json
+
+Seconds are of a Flux transformer with random weights, 512 channels and 2 + 4 blocks, and one text
+token for eight of the picture as in Flux.1 at 1024 x 1024; 12 steps, medians of three edits each.
+`first` is the edit of a picture that the model has not seen, `second` another one of the same
+picture, whose source is remembered. Worth is measured on held-out portraits with the demo model,
+one at a time, with FocusFlow's mask and FlowEdit's guidance for Flux.1.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from bench import edits
+from bench.lab import Lab, Row, arguments, report
+from bench.random_models import random_flux, random_latent, random_prompt
+from portraits.judging import psnr
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+steps, repeats = 12, 3
+refresh, halo = 6, 1
+"""The Edit Sampler's defaults."""
+areas = (0.1, 0.25, 0.5)
+sides = (32, 48, 64, 96)
+"""Of latents, whose tokens take two cells each."""
+main_side = 64
+columns = [
+    "edit",
+    "tokens",
+    "area_percent",
+    "seconds",
+    "times_faster",
+    "psnr_outside",
+    "psnr_inside",
+    "psnr_whole",
+    "attribute_edited",
+    "psnr_to_plain",
+    "tokens_percent",
+]
+
+
+def square(side: int, area: float) -> Tensor:
+    """A mask in the middle of a latent, nearest to an area in whole tokens."""
+    edge = round(side / 2 * math.sqrt(area)) * 2
+    start = (side - edge) // 4 * 2
+    mask = torch.zeros(1, side, side)
+    mask[:, start : start + edge, start : start + edge] = 1
+    return mask
+
+
+def timed(lab: Lab, model: Any, mask: Tensor, target: int, *, active: bool) -> float:
+    """Seconds of one sampling; the plain edit asks for both prompts in one call."""
+    side = mask.shape[-1]
+    tokens = (side // 2) ** 2 // 8
+    source, wanted = (random_prompt(seed, tokens, 768) for seed in (0, target))
+    (guider,) = lab.run(
+        "PinpointSourceTargetGuider",
+        model=model,
+        source=source,
+        target=wanted,
+        source_guidance=1.5,
+        target_guidance=5.5,
+        guidance_mode="auto",
+        remember_source=active,
+    )
+    (sampler,) = lab.run(
+        "PinpointEditSampler",
+        method="FocusFlow",
+        n_max=steps,
+        n_min=0,
+        n_avg=1,
+        reanchor=False,
+        mask=mask,
+        active_tokens=active,
+        refresh=refresh,
+        halo=halo,
+    )
+    (sigmas,) = lab.run("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
+    (noise,) = lab.run("RandomNoise", noise_seed=1)
+    started = time.perf_counter()
+    lab.run(
+        "SamplerCustomAdvanced",
+        noise=noise,
+        guider=guider,
+        sampler=sampler,
+        sigmas=sigmas,
+        latent_image={"samples": random_latent(side)},
+    )
+    return time.perf_counter() - started
+
+
+def speeds(lab: Lab, model: Any, side: int, area: float) -> Iterator[Row]:
+    """A row for each kind of edit."""
+    mask, seconds = square(side, area), {"plain": [], "first": [], "second": []}
+    for _ in range(repeats):
+        # Each clone has a memory of its own.
+        fresh = model.clone()
+        seconds["plain"].append(timed(lab, model, mask, 1, active=False))
+        seconds["first"].append(timed(lab, fresh, mask, 1, active=True))
+        seconds["second"].append(timed(lab, fresh, mask, 2, active=True))
+    medians = {edit: statistics.median(found) for edit, found in seconds.items()}
+    for edit, median in medians.items():
+        row: Row = {"edit": edit, "tokens": (side // 2) ** 2, "seconds": median}
+        row["area_percent"] = 100 * float(mask.mean())
+        yield row | {"times_faster": medians["plain"] / median}
+
+
+def calculated(lab: Lab, mask: Tensor) -> float:
+    """The share of the demo model's tokens that are calculated."""
+    pack, grid = lab.host.pack, [side // 2 for side in mask.shape[1:]]
+    share = float(pack.kernels.tokens.touched(mask, grid, halo).float().mean())
+    return share if share <= pack.nodes.host.active_tokens.largest_share else 1.0
+
+
+def worth(lab: Lab, options: Any) -> list[Row]:
+    """Held-out edits, plain and with each refresh."""
+    settings: dict[str, dict[str, Any]] = {"plain": {}} | {
+        f"active, refresh {every}": {"active_tokens": True, "refresh": every, "halo": halo}
+        for every in (1, refresh)
+    }
+    found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in settings}
+    for case in edits.cases(lab, "held-out", options.seed, options.count, batch=1):
+        mask, _ = edits.velocity_masks(lab, lab.model, case)
+        share, plain = calculated(lab, mask), None
+        for name, widgets in settings.items():
+            edited = edits.flow_edit(lab, lab.model, case, "FocusFlow", mask, **widgets)
+            plain = edited if plain is None else plain
+            same = {"psnr_to_plain": psnr(edited, plain)} if widgets else {}
+            same |= {"tokens_percent": torch.tensor([100 * share])} if widgets else {}
+            found[name].append(edits.scores(case, edited, None) | same)
+    return [
+        {"edit": name, "tokens": 64}
+        | {figure: float(torch.cat([s[figure] for s in scores]).mean()) for figure in scores[0]}
+        for name, scores in found.items()
+    ]
+
+
+def draw(rows: list[Row], target: Path) -> None:
+    """Seconds against edited area, and against image tokens."""
+    figure, (by_area, by_tokens) = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    smallest = min(row["area_percent"] for row in rows if row["tokens"] == (main_side // 2) ** 2)
+    for edit in ("plain", "first", "second"):
+        chosen = [row for row in rows if row["edit"] == edit]
+        here = [row for row in chosen if row["tokens"] == (main_side // 2) ** 2]
+        label = "plain" if edit == "plain" else f"active tokens, {edit} edit"
+        _line(by_area, here, "area_percent", label)
+        _line(by_tokens, [r for r in chosen if r["area_percent"] < smallest + 2], "tokens", label)
+    by_area.set(xlabel="edited area, %", ylabel="seconds", ylim=(0, None), xlim=(0, None))
+    by_tokens.set(xlabel="image tokens, about 10 % edited", ylim=(0, None), xlim=(0, None))
+    by_area.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def _line(axes: Any, rows: list[Row], along: str, label: str) -> None:
+    rows = sorted(rows, key=lambda row: row[along])
+    axes.plot([r[along] for r in rows], [r["seconds"] for r in rows], marker="o", label=label)
+
+
+def main() -> None:
+    """Time, judge, draw and report."""
+    options = arguments(__doc__, 200)
+    lab, model = Lab(), random_flux(512, 2, 4)
+    pairs = [(main_side, area) for area in areas]
+    pairs += [(side, areas[0]) for side in sides if side != main_side]
+    rows: list[Row] = []
+    for side, area in pairs:
+        for row in speeds(lab, model, side, area):
+            rows.append(row)
+            print(row, flush=True)
+    rows += worth(lab, options)
+    if options.json:
+        draw([row for row in rows if "seconds" in row], options.json.with_suffix(".png"))
+    notes = (
+        f"refresh {refresh}, halo {halo}. times_faster: than the plain edit, both prompts in one "
+        "call. PSNR in dB as in the edits bench; psnr_to_plain: of the pictures to those of the "
+        "plain edit, at most 60; tokens_percent: of the target's tokens, how many are calculated, "
+        "which is all where the mask takes over 80 % of them. ![seconds](active.png)"
+    )
+    report(rows, columns, options.json, notes)
+
+
+if __name__ == "__main__":
+    main()
