@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.lab import Kept, Lab, Row, mean_row, report
+from bench.lab import Kept, Lab, Row, mean_row, parser, report
 from portraits import weights
 from portraits.dataset import people, pictures, smallest_change, views
 from portraits.judging import fitted_identities, nearest_values, visible
@@ -226,15 +226,9 @@ def overhead(studio: Studio) -> str:
 
 def main() -> None:
     """Run all rows on the same people and report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=60, help="people")
-    parser.add_argument("--seed", type=int, default=1, help="another seed means other people")
-    parser.add_argument("--single", type=Path, required=True, help="the single adapter's file")
-    parser.add_argument("--cache", type=Path, help="a JSON file that keeps finished rows")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
+    given = parser(__doc__, 60, cached=True)
+    given.add_argument("--single", type=Path, required=True, help="the single adapter's file")
+    options = given.parse_args()
     studio = Studio(Lab("sd3"), single=options.single)
     rows = run(studio, options)
     report(rows, columns, options.json, f"{notes}\n\n{verdict(rows)}\n\n{overhead(studio)}")

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bench import edits
-from bench.lab import Kept, Lab, Row, mean_row, report, shallow_clip
+from bench.lab import Kept, Lab, Row, mean_row, parser, report, shallow_clip
 from bench.portrait_scores import Panel, identity_kept
 from portraits.dataset import Edit, edited_pixels, people, pictures, smallest_change
 from portraits.drawing import draw
@@ -351,16 +351,10 @@ def _summary(method: str, rows: list[Row]) -> Row:
 
 def main() -> None:
     """Run all rows on the same people and report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--format", choices=["sd3", "flux"], default="sd3", help="the demo model")
-    parser.add_argument("--split", default="held-out", help="dev people are for choosing settings")
-    parser.add_argument("--count", type=int, default=40, help="people")
-    parser.add_argument("--seed", type=int, default=1, help="another seed means other people")
-    parser.add_argument("--cache", type=Path, help="a JSON file that keeps finished rows")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
+    given = parser(__doc__, 40, cached=True)
+    given.add_argument("--format", choices=["sd3", "flux"], default="sd3", help="the demo model")
+    given.add_argument("--split", default="held-out", help="dev people are for choosing settings")
+    options = given.parse_args()
     lab = Lab(options.format)
     lab.clip = shallow_clip(options.format)
     widgets = lab.defaults("PinpointLearnIdentity")

@@ -157,15 +157,26 @@ def shallow_clip(format: str) -> Any:
     return clip
 
 
-def arguments(description: str, count: int, *, formats: bool = False) -> argparse.Namespace:
+def parser(
+    description: str, count: int, *, formats: bool = False, cached: bool = False
+) -> argparse.ArgumentParser:
     """The options that every bench has; `formats` for those that run with either demo model."""
-    parser = argparse.ArgumentParser(description=description)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
     if formats:
-        parser.add_argument("--format", choices=FORMATS, default="sd3", help="the demo model")
-    parser.add_argument("--count", type=int, default=count, help="held-out cases")
-    parser.add_argument("--seed", type=int, default=1, help="another seed means other portraits")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    return parser.parse_args()
+        made.add_argument("--format", choices=FORMATS, default="sd3", help="the demo model")
+    made.add_argument("--count", type=int, default=count, help="held-out cases")
+    made.add_argument("--seed", type=int, default=1, help="another seed means other portraits")
+    if cached:
+        made.add_argument("--cache", type=Path, help="a JSON file that keeps finished rows")
+    made.add_argument("--json", type=Path, help="where to write the figures")
+    return made
+
+
+def arguments(description: str, count: int, **more: bool) -> argparse.Namespace:
+    """What was given for the options of `parser`."""
+    return parser(description, count, **more).parse_args()
 
 
 class Kept:

@@ -1,9 +1,11 @@
 """Makeup transfer: the lips of one held-out portrait on another, with and without identity.
 
-    python tests/bench/makeup.py --count 40 --seed 1 --json tests/bench/results/makeup.json
+    python tests/bench/makeup.py --count 40 --seed 1 \\
+        --cache tests/bench/results/makeup_people.json --json tests/bench/results/makeup.json
 
 The look is learned as a word from the reference's mouth; no prompt names its colour. The judge
-knows it, and knows what the first portrait would look like with it.
+knows it, and knows what the first portrait would look like with it. Finished rows are kept in
+`--cache`, from which an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from bench import identity
 from bench.identity import Recipe, Sitter
-from bench.lab import Lab, Row, arguments, mean_row, report, shallow_clip
+from bench.lab import Kept, Lab, Row, arguments, mean_row, report, shallow_clip
 from bench.portrait_scores import Panel
 from portraits.dataset import Edit, people, pictures
 from portraits.judging import drawn_values
@@ -123,19 +125,19 @@ def _means(sitter: Sitter, images: Tensor) -> Row:
 
 def main() -> None:
     """Run all rows on the same pairs and report."""
-    options = arguments(__doc__, 40)
+    options = arguments(__doc__, 40, cached=True)
     lab = Lab("sd3")
     lab.clip = shallow_clip("sd3")
-    rows: dict[str, list[Row]] = {}
+    kept, rows = Kept(options.cache), dict[str, list[Row]]()
+    methods = {
+        "by the colour's name": prompted,
+        "makeup": partial(measured, knows=False),
+        "makeup and identity": partial(measured, knows=True),
+    }
     for transfer in transfers(lab, options.seed, options.count):
-        found: dict[str, Any] = {
-            "by the colour's name": prompted(lab, transfer),
-            "makeup": measured(lab, transfer, knows=False),
-            "makeup and identity": measured(lab, transfer, knows=True),
-        }
-        for method, row in found.items():
-            rows.setdefault(method, []).append(row)
-            print(transfer.sitter.number, method, row, flush=True)
+        for method, measure in methods.items():
+            key = f"{options.seed} {transfer.sitter.number} {method}"
+            rows.setdefault(method, []).append(kept.row(key, measure, lab, transfer))
     report([mean_row(method, found) for method, found in rows.items()], columns, options.json)
 
 
