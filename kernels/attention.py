@@ -11,8 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import bodies
+
 largest_scores = 2**22
 """Scores held at a time, 16 MB in fp32."""
+most_groups = 64
+"""Groups of keys that a Triton program has room for; for more of them, torch runs."""
 
 
 def attention_to(
@@ -29,15 +33,36 @@ def attention_to(
         columns: (K, G) or (B, K, G), the weight with which each key counts in each group.
         scale: of the products.
         mask: additive (or boolean, True = seen), broadcastable to (B, H, Q, K), or (B, Q, K).
-            A query that sees nothing attends to nothing.
+            A query that sees nothing attends to nothing. With a mask, torch runs.
 
     Returns:
         (B, Q, G) in fp32. Peak memory grows with Q + K, not with their product.
     """
     columns = columns.float().to(q.device)
+    if mask is None and columns.shape[-1] <= most_groups and bodies.triton_runs(q, k, columns):
+        from .triton_bodies import attention as triton
+
+        return triton.attention_to(q, k, columns, scale)
     columns = columns[:, None] if columns.ndim == 3 else columns
     parts = softmax_parts(q, k, scale, mask, chunk_of(q, k))
     return torch.cat([(weights @ columns / total).mean(1) for weights, total in parts], 1)
+
+
+def attention_from(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """How much each of a few queries attends to every key: mean over heads of the softmax.
+
+    Args:
+        q, k, scale, mask: as in `attention_to`; the result grows with Q * K, so Q is small.
+
+    Returns:
+        (B, Q, K) in fp32.
+    """
+    if mask is None and bodies.triton_runs(q, k):
+        from .triton_bodies import attention as triton
+
+        return triton.attention_from(q, k, scale)
+    parts = softmax_parts(q, k, scale, mask, chunk_of(q, k))
+    return torch.cat([(weights / total).mean(1) for weights, total in parts], 1)
 
 
 def chunk_of(q: Tensor, k: Tensor) -> int:
@@ -83,6 +108,21 @@ def blended_values(values: Tensor, recorded: Tensor, weight: Tensor) -> Tensor:
     return torch.lerp(
         values, recorded.to(values).expand_as(values), weight[:, None, :, None].to(values)
     )
+
+
+def blend_into(values: Tensor, other: Tensor, weight: Tensor) -> None:
+    """Move values towards others in place: exactly either at weight 0 and 1.
+
+    Args:
+        values, other, weight: as in `blended_values`, of any strides.
+    """
+    other, weight = other.to(values.device), weight.to(values.device)
+    if bodies.triton_runs(values, other, weight):
+        from .triton_bodies import blending
+
+        blending.blend_into(values, other, weight)
+    else:
+        values.copy_(blended_values(values, other, weight))
 
 
 def confining_bias(

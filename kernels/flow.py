@@ -11,8 +11,12 @@ Sources: FlowEdit (Kulikov et al., ICCV 2025, algorithm 1); FocusFlow (Jalalbaim
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from . import bodies
 
 
 def noised(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -35,6 +39,39 @@ def masked_delta_step(delta: Tensor, difference: Tensor, mask: Tensor, step: flo
         step: next sigma minus this sigma (negative).
     """
     return delta + step * (mask * difference)
+
+
+def moved(
+    delta: Tensor,
+    velocities: Iterable[tuple[Tensor, Tensor, int]],
+    mask: Tensor,
+    step: float,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """FocusFlow's repaired step from the velocities of several noises.
+
+    Where the mean difference or the mask is 0 and the other finite, delta stays as it is.
+
+    Args:
+        delta: displacement from the source latent, (B, C, ..., H, W).
+        velocities: target's and source's, (draws * B, C, ..., H, W), and draws, for some of the
+            noises at a time; they are taken one after the other, as they may be computed then.
+        mask: edit mask in [0, 1], broadcastable to `delta`.
+        step: next sigma minus this sigma (negative).
+        count: of all noises.
+
+    Returns:
+        The next delta, and the mean difference of velocities.
+    """
+    if bodies.triton_runs(delta, mask):
+        from .triton_bodies import flow as triton
+
+        return triton.moved(delta, velocities, mask, step, count)
+    difference = torch.zeros_like(delta)
+    for target, source, draws in velocities:
+        parts = (target - source).unflatten(0, (draws, -1))
+        difference += parts.sum(0) / count
+    return masked_delta_step(delta, difference, mask, step), difference
 
 
 def blended_step(

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import bodies
+
 
 def velocity_difference(target: Tensor, source: Tensor) -> Tensor:
     """Mean over channels of |v_target - v_source|: (B, C, ..., H, W) -> (B, H, W).
@@ -18,12 +20,18 @@ def velocity_difference(target: Tensor, source: Tensor) -> Tensor:
     Frames of a video latent are averaged, so that one mask serves all of them.
     FocusFlow, phase 1.
     """
+    if bodies.triton_runs(target, source):
+        from .triton_bodies import masks as triton
+
+        return triton.velocity_difference(target, source)
     difference = (target - source).abs().mean(1)
     return difference.flatten(1, -3).mean(1) if difference.ndim > 3 else difference
 
 
 def normalized(heat: Tensor, low: float = 0.01, high: float = 0.99) -> Tensor:
     """Clip each map to its own quantiles and stretch it to [0, 1] (epsilon 1e-8).
+
+    In torch only: exact quantiles take a sort, beside which the rest is nothing.
 
     Args:
         heat: (B, H, W), any range.

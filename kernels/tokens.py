@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import masks
+from . import bodies, masks
 
 
 def gathered(tokens: Tensor, index: Tensor) -> Tensor:
@@ -20,6 +20,10 @@ def gathered(tokens: Tensor, index: Tensor) -> Tensor:
     Returns:
         (B, A, C), contiguous.
     """
+    if bodies.triton_runs(tokens):
+        from .triton_bodies import tokens as triton
+
+        return triton.gathered(tokens, index)
     return tokens.index_select(1, index)
 
 
@@ -34,6 +38,10 @@ def scattered(active: Tensor, kept: Tensor, index: Tensor) -> Tensor:
     Returns:
         (B, L, C), contiguous.
     """
+    if bodies.triton_runs(active, kept):
+        from .triton_bodies import tokens as triton
+
+        return triton.scattered(active, kept, index)
     return kept.contiguous().index_copy(1, index, active)
 
 

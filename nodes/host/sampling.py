@@ -177,11 +177,9 @@ class _Run:
             self.delta = mask * self.delta
         if self.settings.method == "FocusFlow as published":
             return self._move_blended(sigma, following, mask)
-        difference = torch.zeros_like(self.delta)
-        for target, source, draws in self._velocities(sigma):
-            parts = (target - source).unflatten(0, (draws, -1))
-            difference += parts.sum(0) / self.settings.n_avg
-        self.delta = flow.masked_delta_step(self.delta, difference, mask, following - sigma)
+        self.delta, difference = flow.moved(
+            self.delta, self._velocities(sigma), mask, following - sigma, self.settings.n_avg
+        )
         self.latent = self.source + self.delta
         return self.latent - following * (mask * difference)
 

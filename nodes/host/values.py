@@ -172,13 +172,11 @@ def _blend(values: Tensor, recorded: Tensor, weight: Tensor, place: Place, text:
             f"{place.image.stop - place.image.start}: invert the latent that is edited, and use no "
             "areas"
         )
-    values[:, :, place.image] = attending.blended_values(values[:, :, place.image], image, weight)
+    attending.blend_into(values[:, :, place.image], image, weight)
     words = place.text
     if text and words is not None and text == words.stop - words.start:
         whole = weight.amax(1, keepdim=True).expand(-1, text)
-        values[:, :, words] = attending.blended_values(
-            values[:, :, words], recorded[:, :, :text], whole
-        )
+        attending.blend_into(values[:, :, words], recorded[:, :, :text], whole)
 
 
 class SharedValues:
@@ -258,8 +256,7 @@ def _exchanged(attention: tap.Attention, weight: Tensor, shared: SharedValues) -
             continue
         values = attention.v.clone() if values is None else values
         rows = slice(position * call.rows, (position + 1) * call.rows)
-        own = values[rows, :, place.image]
-        values[rows, :, place.image] = attending.blended_values(own, source, weight)
+        attending.blend_into(values[rows, :, place.image], source, weight)
     return values
 
 
