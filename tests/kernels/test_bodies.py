@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -26,13 +28,13 @@ def bodies(pack: ModuleType, caplog: pytest.LogCaptureFixture) -> Iterator[Any]:
 
 
 @pytest.fixture
-def few(pack: ModuleType) -> Iterator[Any]:
-    """A kernel with two bodies on tensors in reach of both: what it makes of three tokens."""
+def few(pack: ModuleType) -> Callable[..., Tensor]:
+    """A kernel with two bodies, on tensors that both can take unless others are given."""
     tokens = importlib.import_module(f"{pack.__name__}.kernels.tokens")
-    kept = torch.arange(6.0).view(1, 3, 2)
+    kept = torch.arange(6.0, device=device).view(1, 3, 2)
 
     def run(given: Tensor = kept) -> Tensor:
-        return tokens.gathered(given, torch.tensor([2, 0]))
+        return tokens.gathered(given, torch.tensor([2, 0], device=given.device))
 
     return run
 
@@ -41,7 +43,6 @@ def few(pack: ModuleType) -> Iterator[Any]:
 def triton_runs(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by a name with every kernel whose Triton body runs."""
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = []
     for name in ("attention", "blending", "flow", "masks", "tokens"):
         module = importlib.import_module(f"{pack.__name__}.kernels.triton_bodies.{name}")
@@ -57,12 +58,13 @@ def triton_runs(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-X = torch.ones(1, 2, 3, 4)
-INDEX = torch.tensor([1])
+X = torch.ones(1, 2, 3, 4, device=device)
+GROUP, WEIGHT = torch.ones(3, 1, device=device), torch.ones(1, 3, device=device)
+INDEX = torch.tensor([1], device=device)
 CALLS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "attention_to": ("attention", (X, X, torch.ones(3, 1), 1.0)),
+    "attention_to": ("attention", (X, X, GROUP, 1.0)),
     "attention_from": ("attention", (X, X, 1.0)),
-    "blend_into": ("attention", (X.clone(), X, torch.ones(1, 3))),
+    "blend_into": ("attention", (X.clone(), X, WEIGHT)),
     "moved": ("flow", (X, [(X, X, 1)], X, 1.0, 1)),
     "velocity_difference": ("masks", (X, X)),
     "gathered": ("tokens", (X[0], INDEX)),
@@ -88,29 +90,33 @@ def test_masks_and_many_groups_are_left_to_torch(
     pack: ModuleType, monkeypatch: pytest.MonkeyPatch, triton_runs: list[str]
 ) -> None:
     monkeypatch.setenv("PINPOINT_KERNELS", "triton")
-    kernels, mask = pack.kernels.attention, torch.ones(3, 3, dtype=torch.bool)
-    kernels.attention_to(X, X, torch.ones(3, 1), 1.0, mask)
+    kernels, mask = pack.kernels.attention, torch.ones_like(X[0, 0, :, :3], dtype=torch.bool)
+    kernels.attention_to(X, X, GROUP, 1.0, mask)
     kernels.attention_from(X, X, 1.0, mask)
-    kernels.attention_to(X, X, torch.ones(3, kernels.most_groups + 1), 1.0)
+    kernels.attention_to(X, X, GROUP.expand(3, kernels.most_groups + 1), 1.0)
     assert not triton_runs
-    kernels.attention_to(X, X, torch.ones(3, kernels.most_groups), 1.0)
+    kernels.attention_to(X, X, GROUP.expand(3, kernels.most_groups), 1.0)
     assert triton_runs
 
 
-def test_an_unknown_body_is_refused(bodies: Any, few: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_body_is_refused(
+    bodies: Any, few: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(bodies.variable, "cuda")
     with pytest.raises(ValueError, match="PINPOINT_KERNELS is cuda, but kernels have two bodies"):
         few()
 
 
 def test_without_triton_torch_runs_and_that_is_said_once(
-    bodies: Any, few: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bodies: Any,
+    few: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv(bodies.variable, "triton")
     for name in [n for n in sys.modules if n.split(".")[0] == "triton" or "triton_bodies" in n]:
         monkeypatch.delitem(sys.modules, name)
     # None stands for a module that cannot be found.
-    monkeypatch.setattr(bodies, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "triton", None)
     assert few().tolist() == few().tolist() == [[[4, 5], [0, 1]]]
     assert caplog.messages == [
@@ -129,7 +135,7 @@ def test_without_triton_torch_runs_and_that_is_said_once(
 )
 def test_tensors_that_triton_cannot_take_are_torchs(
     bodies: Any,
-    few: Any,
+    few: Callable[..., Tensor],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     triton_runs: list[str],
@@ -138,9 +144,9 @@ def test_tensors_that_triton_cannot_take_are_torchs(
 ) -> None:
     monkeypatch.setenv(bodies.variable, "triton")
     if "device" in made:
-        monkeypatch.delenv("TRITON_INTERPRET")
-    few(torch.ones(1, 3, 2, **made))
-    few(torch.ones(1, 3, 2, **made))
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for _ in range(2):
+        few(torch.ones(1, 3, 2, **{"device": device, **made}))
     assert not triton_runs
     (message,) = caplog.messages
     assert reason in message
@@ -148,7 +154,7 @@ def test_tensors_that_triton_cannot_take_are_torchs(
 
 def test_that_triton_runs_is_said_once(
     bodies: Any,
-    few: Any,
+    few: Callable[..., Tensor],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     triton_runs: list[str],
