@@ -47,7 +47,7 @@ def _gather(
     index: tl.tensor,
     found: tl.tensor,
     strides: tl.tuple,
-    count: tl.tensor,
+    chosen: tl.tensor,
     width: tl.tensor,
     block_a: tl.constexpr,
     block_c: tl.constexpr,
@@ -56,13 +56,13 @@ def _gather(
     row = tl.program_id(2).to(tl.int64)
     places = (tl.program_id(0) * block_a + tl.arange(0, block_a)).to(tl.int64)
     across = tl.program_id(1) * block_c + tl.arange(0, block_c)[None, :]
-    source = tl.load(index + places, mask=places < count, other=0)[:, None]
+    source = tl.load(index + places, mask=places < chosen, other=0)[:, None]
     places = places[:, None]
-    inside = (places < count) & (across < width)
+    inside = (places < chosen) & (across < width)
     taken = tl.load(
         tokens + row * strides[0] + source * strides[1] + across * strides[2], mask=inside
     )
-    tl.store(found + (row * count + places) * width + across, taken, mask=inside)
+    tl.store(found + (row * chosen + places) * width + across, taken, mask=inside)
 
 
 @triton.jit
