@@ -50,7 +50,7 @@ def _blend(
     weights = weight + batch * weight_strides[0] + tokens * weight_strides[1]
     dtype = values.dtype.element_ty
     a = tl.load(targets, mask=inside).to(tl.float32)
-    # What is taken whole has to be exactly what the values' dtype makes of it.
+    # Rounded to the values' dtype first, as torch's body does.
     b = tl.load(others, mask=inside).to(dtype).to(tl.float32)
     w = tl.load(weights, mask=tokens < length).to(dtype).to(tl.float32)
     blended = tl.where(w < 0.5, a + w * (b - a), b - (b - a) * (1 - w))

@@ -166,8 +166,8 @@ def test_values_are_blended_in_place_and_exactly_at_both_ends(
     other = strided(randn(2, 1, *size[1:], dtype=exact))
     weight = torch.linspace(0, 1, length + 2, device=device)[None, 1:-1].clone()
     weight[0, ::4], weight[0, 1::4] = 0, 1
-    whole = given.new_full((batch, 2 + length, size[1], size[3]), 7)
-    values = whole.transpose(1, 2)[:, :, 1 : 1 + length]
+    whole = given.new_full((batch, 2 + length, size[1], 2 * size[3]), 7)
+    values = whole.transpose(1, 2)[:, :, 1 : 1 + length, ::2]
     values.copy_(given)
     kernels.attention.blend_into(values, other, weight)
     taken = other.to(dtype).expand_as(given)
@@ -178,6 +178,7 @@ def test_values_are_blended_in_place_and_exactly_at_both_ends(
     expected = given.double() + between * (taken.double() - given.double())
     close(values, expected, EPS[dtype])
     assert (whole[:, [0, -1]] == 7).all()
+    assert (whole[..., 1::2] == 7).all()
 
 
 def test_blending_makes_the_same_of_what_is_not_finite(kernels: ModuleType, both: Bodies) -> None:
