@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(RootIsNoPackage())
     # Several processes share the cores, and tiny models gain nothing from a second thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Without a GPU, Triton has an interpreter only, which it asks for when it is first imported.
+    # Without a GPU, Triton can only be interpreted, and it asks for that when it is first imported.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
