@@ -211,28 +211,29 @@ class _Attending:
 
 
 def planned(
-    model: ModelPatcher, settings: ActiveSettings, mask: Tensor, rows: int, hindrance: str | None
+    model: ModelPatcher, settings: ActiveSettings, mask: Tensor, rows: int, reason: str | None
 ) -> ActiveTokens | None:
     """The active tokens of an edit, or None and a warning that says why there are none.
 
     Args:
         mask: see `ActiveTokens`; a number if there is none.
         rows: of the batch that the source is evaluated in.
-        hindrance: see there.
+        reason: what is known to stand against them, see `hindrance`.
     """
-    reason, found = hindrance, None
     if reason is None and mask.ndim == 0:
         reason = "there is no mask: connect one"
     if reason is None:
         found = ActiveTokens(model, settings, mask)
         cost, free = found.cost(model, rows), model.get_free_memory(mask.device)
+        if found.share <= largest_share and cost <= free / 2:
+            log.info(
+                f"Pinpoint: {found.share:.0%} of the picture's tokens are calculated, and "
+                f"{cost / 2**20:.0f} MB kept"
+            )
+            return found
+        reason = f"it would keep {cost / 2**20:.0f} MB and {free / 2**20:.0f} MB are free"
         if found.share > largest_share:
             reason = f"the mask takes {found.share:.0%} of the picture's tokens"
-        elif cost > free / 2:
-            reason = f"it would keep {cost / 2**20:.0f} MB and {free / 2**20:.0f} MB are free"
-    if reason is None:
-        log.info(f"Pinpoint: {found.share:.0%} of the picture's tokens, {cost / 2**20:.0f} MB kept")
-        return found
     log.warning(f"Pinpoint: active_tokens is on, but the whole picture is calculated: {reason}")
     return None
 

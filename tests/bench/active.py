@@ -107,7 +107,8 @@ def timed(lab: Lab, model: Any, mask: Tensor, target: int, *, active: bool) -> f
 
 def speeds(lab: Lab, model: Any, side: int, area: float) -> Iterator[Row]:
     """A row for each kind of edit."""
-    mask, seconds = square(side, area), {"plain": [], "first": [], "second": []}
+    mask = square(side, area)
+    seconds: dict[str, list[float]] = {"plain": [], "first": [], "second": []}
     for _ in range(repeats):
         # Each clone has a memory of its own.
         fresh = model.clone()

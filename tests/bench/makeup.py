@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,7 @@ def main() -> None:
     lab = Lab("sd3")
     lab.clip = shallow_clip("sd3")
     kept, rows = Kept(options.cache), dict[str, list[Row]]()
-    methods = {
+    methods: dict[str, Callable[..., Row]] = {
         "by the colour's name": prompted,
         "makeup": partial(measured, knows=False),
         "makeup and identity": partial(measured, knows=True),
