@@ -9,7 +9,7 @@ the prompt, and the last block puts them back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,9 @@ active_key = "pinpoint_active_tokens"
 """In `model_options`: the `ActiveTokens` of a pair's call."""
 largest_share = 0.8
 """Of the picture's tokens; with more of them active, less is saved than what is kept costs."""
-_conditions = {
-    "ref_latents": "reference pictures",
-    "attention_mask": "an attention mask",
-}
+_more_tokens = {"ref_latents": "reference pictures", "attention_mask": "an attention mask"}
+_parts = {"area", "mask", "control", "hooks", "timestep_start", "timestep_end"}
+"""Of a prepared conditioning, by which it is not there at every place or step."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,13 @@ class ActiveSettings:
     """What is calculated of the target.
 
     Attributes:
-        refresh: steps from one full evaluation of the source, from which outside tokens are taken,
-            to the next, at least 1.
+        refresh: steps from one evaluation of the source, from which outside tokens are taken, to
+            the next, at least 1, where the source is remembered.
         halo: tokens around the mask that are calculated too.
     """
 
-    refresh: int = 1
-    halo: int = 1
+    refresh: int
+    halo: int
 
 
 class ActiveTokens:
@@ -119,14 +118,15 @@ class _Call:
     tokens: ActiveTokens
     is_full: bool
     text: int = 0
-    places: Tensor | None = None
-    """Of prompt and active tokens in the whole sequence."""
+    positions: Tensor | None = None
+    """Of prompt and active tokens, (B, 1, L, ...), where a family gives them to its blocks."""
 
     def begin(self, args: dict[str, Any]) -> dict[str, Any]:
         """Take the active tokens out of the picture, in front of the first block."""
-        index = self.tokens.index
-        self.text = args["txt"].shape[1]
-        self.places = torch.cat([index.new_tensor(range(self.text)), index + self.text])
+        index, self.text = self.tokens.index, args["txt"].shape[1]
+        if args.get("pe") is not None:
+            words = torch.arange(self.text, device=index.device)
+            self.positions = args["pe"].index_select(2, torch.cat([words, index + self.text]))
         return {**args, "img": picking.gathered(args["img"], index)}
 
     def end(self, out: dict[str, Any], joined: bool) -> dict[str, Any]:
@@ -157,9 +157,8 @@ class _Replaced:
             return extra["original_block"](args)
         if self.is_first:
             args = call.begin(args)
-        if args.get("pe") is not None:
-            # (B, 1, L, ...): where each token lies.
-            args["pe"] = args["pe"].index_select(2, call.places)
+        if call.positions is not None:
+            args["pe"] = call.positions
         out = extra["original_block"](args)
         return call.end(out, self.block.kind == "single") if self.is_last else out
 
@@ -215,6 +214,8 @@ def planned(
 ) -> ActiveTokens | None:
     """The active tokens of an edit, or None and a warning that says why there are none.
 
+    With an empty mask there is no edit, and no warning here.
+
     Args:
         mask: see `ActiveTokens`; a number if there is none.
         rows: of the batch that the source is evaluated in.
@@ -224,22 +225,23 @@ def planned(
         reason = "there is no mask: connect one"
     if reason is None:
         found = ActiveTokens(model, settings, mask)
+        if not len(found.index):
+            return None
         cost, free = found.cost(model, rows), model.get_free_memory(mask.device)
-        if found.share <= largest_share and cost <= free / 2:
-            log.info(
-                f"Pinpoint: {found.share:.0%} of the picture's tokens are calculated, and "
-                f"{cost / 2**20:.0f} MB kept"
-            )
-            return found
-        reason = f"it would keep {cost / 2**20:.0f} MB and {free / 2**20:.0f} MB are free"
+        kept = f"{cost / 2**20:.0f} MB"
         if found.share > largest_share:
             reason = f"the mask takes {found.share:.0%} of the picture's tokens"
+        elif cost > free / 2:
+            reason = f"it would keep {kept}, and {free / 2**20:.0f} MB are free"
+        else:
+            log.info(f"Pinpoint: {found.share:.0%} of all tokens are calculated, and {kept} kept")
+            return found
     log.warning(f"Pinpoint: active_tokens is on, but the whole picture is calculated: {reason}")
     return None
 
 
 def hindrance(
-    model: ModelPatcher, options: Options, conds: Iterable[list[dict]], shares_calls: bool
+    model: ModelPatcher, options: Options, conds: Sequence[list[dict]], shares_calls: bool
 ) -> str | None:
     """Why the tokens of an edit cannot be calculated apart; None if they can.
 
@@ -250,28 +252,33 @@ def hindrance(
     """
     if not isinstance(model.model.diffusion_model, Flux | MMDiT):
         return f"the model is {families.name(model)}; it works with SD3, SD3.5 and Flux"
-    others = _hooks_of_others(options)
+    others = _hooks_of_others(model, options)
     if others:
-        return f"other nodes look into the model ({', '.join(others)})"
-    entries = list(conds)
-    found = {key for prompt in entries for entry in prompt for key in entry["model_conds"]}
-    named = [what for key, what in _conditions.items() if key in found]
+        return f"other nodes change the model or its sampling ({', '.join(others)})"
+    entries = [entry for prompt in conds for entry in prompt]
+    found = {key for entry in entries for key in entry["model_conds"]}
+    named = [what for key, what in _more_tokens.items() if key in found]
     if named:
         return f"the prompts bring {named[0]}"
-    if not shares_calls or any(len(prompt) > 1 or "hooks" in prompt[0] for prompt in entries):
-        return "the prompts have areas, ControlNets, hooks or several parts"
+    if not shares_calls or any(_parts & entry.keys() for entry in entries):
+        return "the prompts have areas, ControlNets, hooks or parts of the steps"
+    if any(len(prompt) > 1 for prompt in conds):
+        return "prompts are combined"
     return None
 
 
-def _hooks_of_others(options: Options) -> list[str]:
+def _hooks_of_others(model: ModelPatcher, options: Options) -> list[str]:
     inner = options["transformer_options"]
-    single = ("patches", "patches_replace", "optimized_attention_override")
-    found = [name for name in single if inner.get(name)]
-    found += [name for name in remembering.hooks if options.get(name)]
-    wrappers = (options.get("wrappers", {}), inner.get("wrappers", {}))
-    found += [
-        str(key) for kinds in wrappers for kind in kinds.values() for key in kind if kind[key]
-    ]
+    found = [name for name in remembering.hooks if options.get(name)]
+    found += ["optimized_attention_override"] if "optimized_attention_override" in inner else []
+    found += [str(name) for name, given in inner.get("patches", {}).items() if given]
+    found += [str(name) for name, given in inner.get("patches_replace", {}).items() if given]
+    for wrappers in (options.get("wrappers", {}), inner.get("wrappers", {})):
+        found += [
+            str(key or kind) for kind, kinds in wrappers.items() for key in kinds if kinds[key]
+        ]
+    found += [key for key in model.object_patches if key.startswith("diffusion_model")]
+    found += [str(key) for key, given in model.injections.items() if given]
     return sorted(set(found))
 
 

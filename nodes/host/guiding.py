@@ -297,7 +297,8 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         target, source = branches
         key = remembering.digest([self._run, source.x, sigma]) if remembers else b""
         known = self._memory.get(key) if remembers else None
-        is_due = active is not None and active.is_due
+        # What has to be evaluated anyway can be taken anew.
+        is_due = active is not None and (active.is_due or not remembers)
         if known is None or is_due:
             asked = _with_sources(options, source.conds)
             asked = active.recorded(asked) if active is not None and is_due else asked

@@ -163,6 +163,7 @@ class _Run:
         self.delta = torch.zeros_like(source)
         self.anchor_noise: Tensor | None = None
         self.latent = source
+        self.draws = guider.draws_per_call(source, settings.n_avg)
         self.active = self._active_tokens()
 
     def begin(self, step: int) -> None:
@@ -198,7 +199,7 @@ class _Run:
         """Both velocities over `n_avg` noises, as many noises in one call as memory allows."""
         left = self.settings.n_avg
         while left:
-            draws = self.guider.draws_per_call(self.source, left)
+            draws = min(self.draws, left)
             noises = [self._noise() for _ in range(draws)]
             source = torch.cat([flow.noised(self.source, noise, sigma) for noise in noises])
             target = source + self.delta.repeat(draws, *[1] * (source.ndim - 1))
@@ -212,7 +213,7 @@ class _Run:
 
     def _active_tokens(self) -> ActiveTokens | None:
         settings = self.settings
-        if settings.active is None:
+        if settings.active is None or settings.n_max == settings.n_min:
             return None
         if settings.method != "FocusFlow":
             log.warning(
@@ -230,6 +231,8 @@ class _Run:
         FocusFlow as published samples both prompts at the same latent and anchors nothing.
         """
         mask, step = self._mask_at(sigma), following - sigma
+        # What it keeps is not needed any more.
+        self.active = None
         if self.anchor_noise is None:
             self.anchor_noise = self._noise()
             self.latent = flow.noised(self.source, self.anchor_noise, sigma) + self.delta
@@ -259,6 +262,8 @@ class _Run:
         if shaping is None or self.mask.ndim == 0:
             return self.mask
         sigma_rows = self.source.new_full((len(self.source),), sigma)
-        return shaping(
+        shaped = shaping(
             sigma_rows, self.mask, extra_options={"model": self.guider, "sigmas": self.sigmas}
         )
+        # At its last noise level it takes in all of the picture, with some schedulers.
+        return shaped * (self.mask > 0)

@@ -163,6 +163,6 @@ def active_tokens() -> io.Boolean.Input:
         tooltip=(
             "Experimental, SD3 and Flux: calculate the target only inside the mask and let it see "
             "the source outside, so that small edits cost less. Keeps keys and values of the "
-            "outside: up to 3 GB for a Flux picture of 1024 x 1024."
+            "outside: up to 3 GB for a Flux.1 picture of 1024 x 1024."
         ),
     )

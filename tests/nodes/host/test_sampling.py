@@ -236,7 +236,7 @@ def test_preview_predicts_the_end_of_a_constant_motion(
     monkeypatch.setattr(
         pack.nodes.host.guiding.SourceTargetGuider,
         "velocities",
-        lambda self, target, source, sigma, args: (motion, torch.zeros_like(motion)),  # noqa: ARG005
+        lambda self, *latents, **_: (motion, torch.zeros_like(motion)),  # noqa: ARG005
     )
     seen: list[Tensor] = []
     parts = edit.parts()
