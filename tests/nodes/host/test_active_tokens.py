@@ -114,7 +114,7 @@ def as_in_source(name: str) -> Callable[[Any, Any], Tensor]:
             if call.sources:
                 seen[part] = (k[rows][:, :, picture], v[rows][:, :, picture])
             else:
-                source = seen.get(part) or seen[(*part[:2], 0)]
+                source = seen.get(part) or seen[part[0], part[1], 0]
                 k[rows, :, picture], v[rows, :, picture] = source
         return proceed(attention if call.sources else replace(attention, k=k, v=v))
 
