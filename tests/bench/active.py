@@ -5,11 +5,10 @@
 
 Seconds are of a Flux transformer with random weights, 512 channels and 2 + 4 blocks, and one text
 token for eight of the picture as in Flux.1 at 1024 x 1024; 12 steps, the fastest of three each,
-taken in turn.
-A first edit is of a picture that the model has not seen, a second one another of the same picture,
-whose source is remembered. Worth is measured on held-out portraits with the demo model,
-one at a time, with FocusFlow's mask and FlowEdit's guidance for Flux.1; the cache keeps what is
-measured, and an interrupted run goes on from it.
+taken in turn. A first edit is of a picture that the model has not seen, a second one another of the
+same picture, whose source is remembered. Worth is measured on held-out portraits with the demo
+model, one at a time, with FocusFlow's mask and FlowEdit's guidance for Flux.1; the cache keeps what
+is measured, and an interrupted run goes on from it.
 """
 
 from __future__ import annotations
