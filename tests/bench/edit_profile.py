@@ -164,7 +164,17 @@ def main() -> None:
     lab, model = Lab(), random_flux(width, *blocks)
     rows = profiled(lab, model, "one call", remember_source=False)
     rows += profiled(lab, model, "remembering", remember_source=True)
-    report(rows, columns, options.json)
+    report(rows, columns, options.json, notes)
+
+
+notes = (
+    "times and megabytes are of one step; what is done once (checks of mask and sigmas, all syncs "
+    "among it) is spread over the steps of this short run. predict_together: ComfyUI stacks the "
+    "conditionings of all prompts for one call, and weighs and sums up what comes back. "
+    "exchange_rows: each prompt gets its own latent, in a copy. The others are sums and products "
+    "of one latent (0.25 MB) or of both. remembering: each step's source latent is read back to be "
+    "hashed, and its answer to be kept in main memory; on a GPU these two wait for it."
+)
 
 
 if __name__ == "__main__":
