@@ -172,7 +172,7 @@ notes = (
     "among it) is spread over the steps of this short run. predict_together: ComfyUI stacks the "
     "conditionings of all prompts for one call, and weighs and sums up what comes back. "
     "exchange_rows: each prompt gets its own latent, in a copy. The others are sums and products "
-    "of one latent (0.25 MB) or of both. remembering: each step's source latent is read back to be "
+    "of one latent (1 MB) or of both. remembering: each step's source latent is read back to be "
     "hashed, and its answer to be kept in main memory; on a GPU these two wait for it."
 )
 
