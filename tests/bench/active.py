@@ -70,40 +70,25 @@ def timed(lab: Lab, model: Any, mask: Tensor, target: int, *, active: bool) -> f
     """Seconds of one sampling."""
     side = mask.shape[-1]
     tokens = (side // 2) ** 2 // 8
-    source, wanted = (random_prompt(seed, tokens, 768) for seed in (0, target))
-    (guider,) = lab.run(
-        "PinpointSourceTargetGuider",
-        model=model,
-        source=source,
-        target=wanted,
-        source_guidance=1.5,
-        target_guidance=5.5,
-        guidance_mode="auto",
-        remember_source=True,
-    )
-    (sampler,) = lab.run(
-        "PinpointEditSampler",
-        method="FocusFlow",
+    prompts = {
+        "source": random_prompt(0, tokens, 768),
+        "target": random_prompt(target, tokens, 768),
+    }
+    parts = lab.edit_parts(
+        model,
+        prompts,
+        1,
+        steps=steps,
         n_max=steps,
-        n_min=0,
-        n_avg=1,
-        reanchor=False,
         mask=mask,
+        guidance=edits.published_guidance,
+        remember_source=True,
         active_tokens=active,
         refresh=refresh,
         halo=halo,
     )
-    (sigmas,) = lab.run("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
-    (noise,) = lab.run("RandomNoise", noise_seed=1)
     started = time.perf_counter()
-    lab.run(
-        "SamplerCustomAdvanced",
-        noise=noise,
-        guider=guider,
-        sampler=sampler,
-        sigmas=sigmas,
-        latent_image={"samples": random_latent(side)},
-    )
+    lab.run("SamplerCustomAdvanced", **parts, latent_image={"samples": random_latent(side)})
     return time.perf_counter() - started
 
 

@@ -105,39 +105,19 @@ def run_edit(lab: Lab, model: Any, sampler: Callable, network: Callable, **widge
     key, model = "pinpoint_profile", model.clone()
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, key, sampler)
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, network)
-    source, target = (random_prompt(seed, words, 768) for seed in range(2))
-    (guider,) = lab.run(
-        "PinpointSourceTargetGuider",
-        model=model,
-        source=source,
-        target=target,
-        source_guidance=1.5,
-        target_guidance=5.5,
-        guidance_mode="auto",
-        **widgets,
-    )
     mask = torch.zeros(1, side, side)
     mask[:, : side // 4, : side // 4] = 1
-    (method,) = lab.run(
-        "PinpointEditSampler",
-        method="FocusFlow",
+    parts = lab.edit_parts(
+        model,
+        {name: random_prompt(i, words, 768) for i, name in enumerate(("source", "target"))},
+        1,
+        steps=steps,
         n_max=steps,
-        n_min=0,
-        n_avg=1,
-        reanchor=False,
         mask=mask,
+        guidance=(1.5, 5.5),
+        **widgets,
     )
-    (sigmas,) = lab.run("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
-    (noise,) = lab.run("RandomNoise", noise_seed=1)
-    latent = {"samples": random_latent(side)}
-    lab.run(
-        "SamplerCustomAdvanced",
-        noise=noise,
-        guider=guider,
-        sampler=method,
-        sigmas=sigmas,
-        latent_image=latent,
-    )
+    lab.run("SamplerCustomAdvanced", **parts, latent_image={"samples": random_latent(side)})
 
 
 def profiled(lab: Lab, model: Any, name: str, **widgets: Any) -> list[Row]:

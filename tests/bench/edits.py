@@ -160,28 +160,19 @@ def sample_edit(
         prompts: "source", "target" and "negative".
         widgets: more of the Edit Sampler's.
     """
-    (sampler,) = lab.run(
-        "PinpointEditSampler",
-        method=method,
+    parts = lab.edit_parts(
+        model,
+        prompts,
+        seed,
+        steps=steps,
         n_max=n_max,
-        n_min=0,
-        n_avg=1,
-        reanchor=False,
         mask=mask,
+        guidance=guidance,
+        method=method,
+        remember_source=remember_source,
         **widgets,
     )
-    (guider,) = lab.run(
-        "PinpointSourceTargetGuider",
-        model=model,
-        **prompts,
-        source_guidance=guidance[0],
-        target_guidance=guidance[1],
-        guidance_mode="auto",
-        remember_source=remember_source,
-    )
-    (sigmas,) = lab.run("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
-    (noise,) = lab.run("RandomNoise", noise_seed=seed)
-    return lab.sampled(noise, guider, sampler, sigmas, latent)
+    return lab.sampled(**parts, latent=latent)
 
 
 def sdedit(lab: Lab, model: Any, case: Case, strength: float) -> tuple[Tensor, None]:

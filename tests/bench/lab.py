@@ -103,6 +103,51 @@ class Lab:
         images = self.run("VAEDecode", samples=latent, vae=self.vae)[0]
         return images.movedim(-1, 1).clamp(0, 1)
 
+    def edit_parts(
+        self,
+        model: Any,
+        prompts: dict[str, list],
+        seed: int,
+        *,
+        steps: int,
+        n_max: int,
+        mask: Tensor | None,
+        guidance: tuple[float, float],
+        method: str = "FocusFlow",
+        remember_source: bool = False,
+        **widgets: Any,
+    ) -> dict[str, Any]:
+        """The inputs of SamplerCustomAdvanced for an edit, but the latent.
+
+        Args:
+            prompts: "source", "target" and, for guidance of a cfg model, "negative".
+            widgets: more of the Edit Sampler's.
+        """
+        (sampler,) = self.run(
+            "PinpointEditSampler",
+            method=method,
+            n_max=n_max,
+            n_min=0,
+            n_avg=1,
+            reanchor=False,
+            mask=mask,
+            **widgets,
+        )
+        (guider,) = self.run(
+            "PinpointSourceTargetGuider",
+            model=model,
+            **prompts,
+            source_guidance=guidance[0],
+            target_guidance=guidance[1],
+            guidance_mode="auto",
+            remember_source=remember_source,
+        )
+        (sigmas,) = self.run(
+            "BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0
+        )
+        (noise,) = self.run("RandomNoise", noise_seed=seed)
+        return {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas}
+
     def sampled(
         self, noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent: dict[str, Tensor]
     ) -> Tensor:

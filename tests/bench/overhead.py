@@ -86,21 +86,20 @@ class Holdings(TorchDispatchMode):
             self.depth -= 1
 
 
-def two_prompts(lab: Lab, model: Any) -> Any:
-    """A Source/Target Guider with classifier-free guidance on both random prompts."""
-    source, target, negative = map(random_prompt, range(3))
-    (guider,) = lab.run(
-        "PinpointSourceTargetGuider",
-        model=model,
-        source=source,
-        target=target,
-        negative=negative,
-        source_guidance=1.5,
-        target_guidance=5.5,
-        guidance_mode="auto",
-        remember_source=False,
+def edit_parts(lab: Lab, model: Any, side: int) -> dict[str, Any]:
+    """FocusFlow with classifier-free guidance on both of two random prompts."""
+    names = ("source", "target", "negative")
+    mask = torch.zeros(1, side, side)
+    mask[:, : side // 2] = 1
+    return lab.edit_parts(
+        model,
+        {name: random_prompt(i) for i, name in enumerate(names)},
+        1,
+        steps=steps,
+        n_max=steps,
+        mask=mask,
+        guidance=(1.5, 5.5),
     )
-    return guider
 
 
 def bare_seconds(lab: Lab, model: Any, side: int) -> float:
@@ -119,7 +118,7 @@ def bare_seconds(lab: Lab, model: Any, side: int) -> float:
             )
         return time.perf_counter() - started
 
-    return stock.inside(two_prompts(lab, model), latent, call)
+    return stock.inside(edit_parts(lab, model, side)["guider"], latent, call)
 
 
 def timed_edit(lab: Lab, model: Any, side: int) -> tuple[float, Stopwatch]:
@@ -148,29 +147,8 @@ def run_edit(lab: Lab, model: Any, side: int, **wrappers: Callable) -> None:
     timed = model.clone()
     for kind, wrapper in wrappers.items():
         timed.add_wrapper_with_key(getattr(WrappersMP, kind), "bench", wrapper)
-    guider = two_prompts(lab, timed)
-    mask = torch.zeros(1, side, side)
-    mask[:, : side // 2] = 1
-    (sampler,) = lab.run(
-        "PinpointEditSampler",
-        method="FocusFlow",
-        n_max=steps,
-        n_min=0,
-        n_avg=1,
-        reanchor=False,
-        mask=mask,
-    )
-    (sigmas,) = lab.run("BasicScheduler", model=timed, scheduler="simple", steps=steps, denoise=1.0)
-    (noise,) = lab.run("RandomNoise", noise_seed=1)
     latent = {"samples": random_latent(side)}
-    lab.run(
-        "SamplerCustomAdvanced",
-        noise=noise,
-        guider=guider,
-        sampler=sampler,
-        sigmas=sigmas,
-        latent_image=latent,
-    )
+    lab.run("SamplerCustomAdvanced", **edit_parts(lab, timed, side), latent_image=latent)
 
 
 def main() -> None:
