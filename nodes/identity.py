@@ -116,6 +116,15 @@ class SaveIdentity(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file_name: str | None) -> bool | str:
+        """Refuse a name before anything is learned; one from another node is not known yet."""
+        try:
+            identity_files.require_file_name(file_name or "")
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(
         cls, identity: Identity, file_name: str, embedding: bool, lora: bool, overwrite: bool
     ) -> io.NodeOutput:

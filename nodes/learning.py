@@ -124,11 +124,10 @@ class LearnIdentity(io.ComfyNode):
         arguments.require_valid(cls, values)
         model, clip, vae = (values[name] for name in ("model", "clip", "vae"))
         lessons.require_parts(clip, vae)
-        settings = _settings(values)
-        lessons.require_free(clip, settings.name)
+        settings, start = _settings(values), values.get("identity")
+        lessons.require_fitting(model, clip, settings, start)
         material = lessons.Material(lists["image"], masks, lists["prompt"], values["resolution"])
         pictures = material.pictures(model, vae, settings.name, settings.class_word)
-        start = values.get("identity")
         identity, lesson, report = lessons.learn(model, clip, pictures, settings, start)
         shown, why_not = lessons.preview_or(
             material.first(), model, clip, vae, identity, pictures[0], settings

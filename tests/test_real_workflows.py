@@ -14,8 +14,9 @@ from host import stand_ins
 from host.base import make_base
 from host.cases import PORTRAIT, drawn_case, png
 from host.inprocess import Host
+from host.options import REAL_WEIGHTS
 from host.server import Server
-from host.workflows import REAL_WEIGHTS, load, run
+from host.workflows import load, run
 
 every = pytest.mark.parametrize("name", REAL_WEIGHTS)
 KINDS = {

@@ -149,6 +149,7 @@ def test_missing_venv_module_names_the_debian_package(monkeypatch: pytest.Monkey
     ("arguments", "message"),
     [
         (["--workflow", "missing"], "no such workflow"),
+        (["--workflow", "s2edit_sd15"], "its models do not ship"),
         (["--image", "missing.png"], "no such file"),
         (["--image", __file__], "needs --source-prompt and --target-prompt"),
         (["--seed", "-1"], "at least 0"),
@@ -163,7 +164,8 @@ def test_edit_options_are_checked_first(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "focusflow.json").touch()
+    for name in ("focusflow", "s2edit_sd15"):
+        (tmp_path / f"{name}.json").touch()
     monkeypatch.setattr(options, "WORKFLOWS", tmp_path)
     with pytest.raises(SystemExit):
         options.parse(["edit", *arguments])

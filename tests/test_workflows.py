@@ -15,10 +15,10 @@ from PIL import Image
 from host.cases import REFERENCE_SEED, drawn_case, drawn_pictures, upload, write_people
 from host.comfyui import PACK
 from host.inprocess import Host
-from host.options import WORKFLOWS
+from host.options import REAL_WEIGHTS, WORKFLOWS
 from host.prompts import Graph
 from host.server import Server
-from host.workflows import DEMOS, NAMES, REAL_WEIGHTS, Pictures, load, run
+from host.workflows import DEMOS, NAMES, Pictures, load, run
 
 RECONSTRUCTION = "inversion_reconstruction"
 """The workflow that edits nothing."""

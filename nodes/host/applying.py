@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import comfy.lora
@@ -14,10 +13,8 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.sd import CLIP
 from torch import Tensor
 
-from . import arguments, confining, encoders, families, words
+from . import arguments, confining, encoders, families, progress, words
 from .identity import Identity, require_name
-
-log = logging.getLogger(__name__)
 
 bypass_key = "bypass_lora"
 """Of the injections that ComfyUI's own bypass LoRA loader makes."""
@@ -69,7 +66,7 @@ def _confined(model: ModelPatcher, clip: CLIP, name: str, mask: Tensor) -> Model
             "be confined: disconnect it"
         )
     if not mask.any():
-        log.warning(f"Pinpoint: the mask of <{name}> is empty, so the picture never looks at it")
+        progress.warn(f"the mask of <{name}> is empty, so the picture never looks at it")
     return confining.confined(model, name, mask)
 
 
@@ -101,9 +98,9 @@ def require_fitting(clip: CLIP, identity: Identity) -> None:
         )
     missing = loaded.keys() - identity.vectors.keys()
     if missing:
-        log.warning(
-            f"Pinpoint: <{identity.name}> was learned without {', '.join(sorted(missing))}, which "
-            "reads prompts as if it were not there"
+        progress.warn(
+            f"<{identity.name}> was learned without {', '.join(sorted(missing))}, which reads "
+            "prompts as if it were not there"
         )
 
 

@@ -31,6 +31,15 @@ def names() -> list[str]:
     return tensor_files.names(folder)
 
 
+def require_file_name(file_name: str) -> None:
+    """Refuse a name that `save` could not use, as far as that is known without the identity.
+
+    Raises:
+        ValueError: it leads elsewhere, or is too long.
+    """
+    tensor_files.place_of(folder, _stem(file_name) or "name")
+
+
 def save(
     identity: Identity,
     file_name: str,
@@ -54,7 +63,7 @@ def save(
         ValueError: a name that leads elsewhere, a file that is there, a part that the identity has
             not, or a file that cannot be written.
     """
-    file_name = file_name.strip().removesuffix(tensor_files.suffix) or identity.name
+    file_name = _stem(file_name) or identity.name
     paths = [tensor_files.place_of(folder, file_name)]
     contents = [_content(identity)]
     if embedding:
@@ -79,6 +88,10 @@ def save(
     for path, content in zip(paths, contents, strict=True):
         tensor_files.write(path, *content)
     return paths
+
+
+def _stem(file_name: str) -> str:
+    return file_name.strip().removesuffix(tensor_files.suffix)
 
 
 def save_partial(identity: Identity) -> Path:

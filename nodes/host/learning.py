@@ -7,8 +7,8 @@ word, kept orthogonal to attribute words, whose attention is confined to the per
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -62,12 +62,12 @@ class Learner(training.TrainingSampler):
         clip: CLIP,
         pictures: list[Picture],
         settings: LearningSettings,
-        start: Mapping[str, Tensor] | None = None,
+        start: Identity | None = None,
     ):
         """
         Args:
             clip: from `word_learning.trainable`.
-            start: the word's first vectors, if not those of a word.
+            start: what is learned on.
 
         Raises:
             ValueError: a start_word that the text encoder has no vectors for.
@@ -75,10 +75,14 @@ class Learner(training.TrainingSampler):
         self.trainee, self.clip, self.pictures = trainee, clip, pictures
         self.settings = settings
         self.lesson = Lesson()
-        start = start or word_learning.first_vectors(
-            clip, settings.start_word, settings.vectors, settings.start_name
+        self._start = start
+        vectors = start.vectors if start is not None else {}
+        self.word = word_learning.LearnedWord(
+            vectors
+            or word_learning.first_vectors(
+                clip, settings.start_word, settings.vectors, settings.start_name
+            )
         )
-        self.word = word_learning.LearnedWord(start)
         self._knowing = words.with_words(clip, {settings.name: self.word})
         offsets = list(self.word.offsets.values())
         self._word_optimizer = torch.optim.Adam(offsets, lr=settings.token_rate, betas=(0.9, 0.99))
@@ -113,16 +117,24 @@ class Learner(training.TrainingSampler):
         with torch.no_grad():
             vectors = {key: v.detach().cpu().clone() for key, v in self.word.items()}
         settings = self.settings
-        recipe = {key: str(value) for key, value in asdict(settings).items()}
-        recipe |= {"prompt": self.pictures[0].prompt, "steps_done": str(len(self.lesson.losses))}
         return Identity(
             name=settings.name,
             class_word=settings.class_word,
             family=families.name(self.trainee.model),
             vectors=vectors,
             lora=self.trainee.lora(),
-            recipe=recipe,
+            recipe=self._recipe(),
         )
+
+    def _recipe(self) -> dict[str, str]:
+        """How it was learned; of what was learned before, the steps and the prompt stay."""
+        told = self.settings.recipe() | {"rank": str(self.trainee.rank)}
+        before = {} if self._start is None else self._start.recipe
+        done = {"prompt": self.pictures[0].prompt, "steps_done": str(len(self.lesson.losses))}
+        for key, value in done.items():
+            earlier = before.get(key)
+            told[key] = value if earlier in (None, value) else f"{earlier}, then {value}"
+        return told
 
     def train(self) -> None:
         """Make all steps."""
@@ -265,7 +277,8 @@ class Learner(training.TrainingSampler):
     def _encode(self, text: str) -> word_learning.EncodedPrompt:
         if text not in self._encoded:
             # A word that stays as it starts is read once, without gradients.
-            with torch.set_grad_enabled(self.settings.token_rate > 0):
+            is_learned = torch.is_grad_enabled() and self.settings.token_rate > 0
+            with torch.set_grad_enabled(is_learned):
                 name = self.settings.name
                 self._encoded[text] = word_learning.encode(self._knowing, text, name)
             training.load_again(self.trainee.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
@@ -25,7 +25,7 @@ class LearningSettings:
         token_rate: Adam's rate for the word, in parts of its size; 0 = it stays as it starts.
         steps: steps in which the model is changed too.
         rate: Adam's rate for the low-rank change.
-        rank: of the change.
+        rank: of the change; one that is learned on keeps its own.
         batch: noised copies of a picture in each step.
         update_every: steps between updates of the word.
         orthogonality: weight of the loss that keeps the word apart from the attributes.
@@ -70,6 +70,12 @@ class LearningSettings:
     def total(self) -> int:
         """Steps of both phases."""
         return self.token_steps + self.steps
+
+    def recipe(self) -> dict[str, str]:
+        """All of them, for people."""
+        told = {**asdict(self), "attributes": ", ".join(self.attributes)}
+        told["precision"] = "auto" if self.precision is None else self.precision
+        return {key: str(value) for key, value in told.items()}
 
 
 @dataclass(frozen=True)

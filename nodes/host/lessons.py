@@ -75,8 +75,8 @@ class Material:
                     "disconnect it"
                 )
         pictures = []
-        for image, area, prompt in zip(images, areas, prompts, strict=True):
-            pixels = _scaled(_coloured(image), self.resolution)
+        scaled = [_scaled(_coloured(image), self.resolution) for image in images]
+        for pixels, area, prompt in zip(scaled, areas, prompts, strict=True):
             latent = vae.encode(pixels)
             samples = arguments.latent_samples(model, {"samples": latent})
             mask = None if area is None else _as_encoded(vae, area, pixels)
@@ -110,17 +110,28 @@ def require_parts(clip: CLIP | None, vae: VAE | None) -> None:
         raise ValueError("vae is empty, as the checkpoint has none: use Load VAE")
 
 
-def require_free(clip: CLIP, name: str) -> None:
-    """Refuse a name that prompts know already, before anything is learned.
+def require_fitting(
+    model: ModelPatcher, clip: CLIP, settings: LearningSettings, start: Identity | None
+) -> None:
+    """Refuse settings that do not go with model and text encoder, before anything is loaded.
+
+    Args:
+        start: an identity to learn on from.
 
     Raises:
-        ValueError: an identity of that name has been applied to the text encoder.
+        ValueError: a name that prompts know already; learned words in the settings that they do
+            not know; an identity of another model.
     """
-    if name.casefold() in words.known_words(clip):
+    if settings.name.casefold() in words.known_words(clip):
         raise ValueError(
-            f"name is {name}, and the clip knows another identity of that name: write another, or "
-            "connect the clip without Apply Identity"
+            f"name is {settings.name}, and the clip knows another identity of that name: write "
+            "another, or connect the clip without Apply Identity"
         )
+    word_learning.require_known(clip, settings.start_word, settings.start_name)
+    word_learning.require_known(clip, ", ".join(settings.attributes), "attributes")
+    if start is not None:
+        applying.require_family(model, start)
+        applying.require_fitting(clip, start)
 
 
 def precision_for(model: ModelPatcher, chosen: torch.dtype | None) -> torch.dtype | None:
@@ -149,14 +160,17 @@ def placed(prompt: str, name: str, class_word: str) -> str:
     Raises:
         ValueError: it has neither.
     """
-    written = re.search(f"<{re.escape(name)}>", prompt, re.IGNORECASE)
-    if written:
-        return prompt.replace(written[0], f"<{name}>")
+    spelled, count = re.subn(f"<{re.escape(name)}>", f"<{name}>", prompt, flags=re.IGNORECASE)
+    if count:
+        return spelled
     place = phrases.place_of(prompt, class_word)
     if place is None:
+        lacks = f"no <{name}>"
+        if class_word:
+            lacks = f"neither <{name}> nor the class_word '{class_word}'"
         raise ValueError(
-            f"prompt is '{prompt}', which has neither <{name}> nor the class_word '{class_word}': "
-            f"write for example 'photo of a <{name}> {class_word or 'person'}'"
+            f"prompt is '{prompt}', which has {lacks}: write for example 'photo of a <{name}> "
+            f"{class_word or 'person'}'"
         )
     return f"{prompt[:place]}<{name}> {prompt[place:]}"
 
@@ -204,14 +218,11 @@ def learn(
         start: an identity to learn on from.
 
     Raises:
-        ValueError: see `training.in_training` and `Learner.run`; or an identity of another model.
+        ValueError: see `training.in_training` and `Learner.run`.
     """
     started = time.perf_counter()
     rank = settings.rank if settings.steps else 0
-    vectors, lora = ({}, {}) if start is None else (start.vectors, start.lora)
-    if start is not None:
-        applying.require_family(model, start)
-        applying.require_fitting(clip, start)
+    lora = {} if start is None else start.lora
     with training.in_training(
         model, rank, settings.seed, settings.precision,
         saves_memory=settings.saves_memory, lora=lora,
@@ -221,7 +232,7 @@ def learn(
             replace(p, latent=p.latent.clone(), mask=p.mask if p.mask is None else p.mask.clone())
             for p in pictures
         ]
-        learner = Learner(trainee, word_learning.trainable(clip), own, settings, vectors)
+        learner = Learner(trainee, word_learning.trainable(clip), own, settings, start)
         try:
             learner.run()
         # ComfyUI's interruption is no Exception.
@@ -231,7 +242,7 @@ def learn(
             raise
         identity = learner.identity()
     seconds = time.perf_counter() - started
-    return identity, learner.lesson, _report(identity, learner.lesson, settings, seconds)
+    return identity, learner.lesson, _report(identity, learner.lesson, trainee.rank, seconds)
 
 
 def _keep(identity: Identity, when: str) -> None:
@@ -243,15 +254,16 @@ def _keep(identity: Identity, when: str) -> None:
         log.warning(f"Pinpoint: learning stopped {when}; what was learned until then is in {path}")
 
 
-def _report(identity: Identity, lesson: Lesson, settings: LearningSettings, seconds: float) -> str:
-    ends = [lesson.losses[:20], lesson.losses[-20:]]
-    first, last = (sum(end) / max(1, len(end)) for end in ends)
+def _report(identity: Identity, lesson: Lesson, rank: int, seconds: float) -> str:
+    count = min(20, (len(lesson.losses) + 1) // 2)
+    first, last = (sum(end) / count for end in (lesson.losses[:count], lesson.losses[-count:]))
     vectors = sum(len(v) for v in identity.vectors.values())
     changed = sum(key.endswith("lora_up.weight") for key in identity.lora)
+    layers = f"{changed} changed layers of rank {rank}" if changed else "no change of the model"
     lines = [
         f"<{identity.name}> learned in {seconds:.0f} s, {len(lesson.losses)} steps",
         f"loss {first:.4f} at the start, {last:.4f} at the end",
-        f"{vectors} vectors, {changed} changed layers of rank {settings.rank}",
+        f"{vectors} vectors, {layers}",
     ]
     if lesson.cosines:
         lines.append(f"mean |cos| to the attribute words {lesson.cosines[-1]:.3f}")

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 suffix = ".safetensors"
+longest_name = 200
+"""Bytes of a file's or a folder's name; file systems take 255, endings included."""
 _file_name = re.compile(r"[\w+-][\w .+-]*(/[\w+-][\w .+-]*)*")
 
 
@@ -47,9 +49,14 @@ def place_of(kind: str, file_name: str) -> Path:
     """A file to be written in the first of ComfyUI's folders of a kind.
 
     Raises:
-        ValueError: a name that leads out of it.
+        ValueError: a name that leads out of it, or is too long.
     """
     root = Path(folder_paths.get_folder_paths(kind)[0]).resolve()
+    length = max(len(part.encode()) for part in file_name.split("/"))
+    if length > longest_name:
+        raise ValueError(
+            f"file_name has a part of {length} bytes: write one of at most {longest_name}"
+        )
     if _file_name.fullmatch(file_name):
         path = (root / f"{file_name}{suffix}").resolve()
         # Links may lead elsewhere.
@@ -75,8 +82,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # The format's own files can be read by nobody else, whatever is usual here.
+        part.touch()
+        usual = part.stat().st_mode
         # Wires carry tensors that share memory, which the format does not allow.
         save_file({name: t.clone().contiguous() for name, t in tensors.items()}, part, metadata)
+        part.chmod(usual)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(

@@ -124,6 +124,11 @@ class Trainee:
             for change, is_on in before:
                 change.is_on = is_on
 
+    @property
+    def rank(self) -> int:
+        """Of the changes; 0 if there are none."""
+        return max((len(change.down) for change in self.changes.values()), default=0)
+
     def lora(self) -> dict[str, Tensor]:
         """What was learned, as a LoRA."""
         return {k: t for name, c in self.changes.items() for k, t in c.weights(name).items()}

@@ -44,6 +44,23 @@ def load(clip: CLIP) -> None:
         comfy.model_management.load_models_gpu([clip.patcher])
 
 
+def require_known(clip: CLIP, text: str, name: str) -> None:
+    """Refuse a text with a learned word that a text encoder does not know.
+
+    Args:
+        name: the input that the text came from.
+
+    Raises:
+        ValueError: it has one.
+    """
+    unknown = words.unknown_words(clip, text)
+    if unknown:
+        raise ValueError(
+            f"{name} has <{unknown[0]}>, which the clip does not know: connect the clip of an "
+            "Apply Identity that does, or write it in other words"
+        )
+
+
 def embedded(clip: CLIP, text: str, name: str) -> dict[str, Tensor]:
     """The input embeddings of a text in each text encoder, (tokens, width), fp32 on the CPU.
 
@@ -55,12 +72,7 @@ def embedded(clip: CLIP, text: str, name: str) -> dict[str, Tensor]:
     Raises:
         ValueError: a learned word that the text encoder does not know, or no tokens at all.
     """
-    unknown = words.unknown_words(clip, text)
-    if unknown:
-        raise ValueError(
-            f"{name} has <{unknown[0]}>, which the clip does not know: connect the clip of an "
-            "Apply Identity that does, or write it in other words"
-        )
+    require_known(clip, text, name)
     found = {}
     for key, tokens in phrases.own_tokens(clip, text).items():
         encoder = encoders.part(clip.cond_stage_model, key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 from comfy.sd import CLIP
 from torch import Tensor
 
-from . import encoders
-
-log = logging.getLogger(__name__)
+from . import encoders, progress
 
 words_key = "pinpoint_words"
 """In a conditioning's dict: the rows of each learned word in its prompt, see `rows_of_words`."""
@@ -72,7 +69,7 @@ class WordCLIP(CLIP):
         written = [match[1] for match in _written.finditer(text)]
         names = [name.casefold() for name in written if name.casefold() in self.words]
         for name in sorted({n for n in written if n.casefold() not in self.words}):
-            log.warning(f"Pinpoint: no identity of the name {name} is applied: <{name}> stays text")
+            progress.warn(f"no identity of the name {name} is applied: <{name}> stays text")
         if not names:
             return super().tokenize(text, return_word_ids, **kwargs)
         for stand_in in _stand_ins:

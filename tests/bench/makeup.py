@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -55,7 +56,7 @@ columns = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transfer:
     """A portrait whose lips shall be the reference's."""
 
@@ -91,18 +92,24 @@ def worded(text: str, lips: str, *, knows: bool) -> str:
     return identity.named(", ".join(phrases)) if knows else ", ".join(phrases)
 
 
+@lru_cache(maxsize=1)
+def learned_look(lab: Lab, transfer: Transfer) -> tuple[Any, float]:
+    """The word for a reference's lips, which both rows of a pair use, and its seconds."""
+    prompt = worded(caption(transfer.reference), f"<{look}> lips", knows=False)
+    widgets = {**makeup, "prompt": prompt, "seed": transfer.sitter.number}
+    found, cost = identity.learn(lab, transfer.picture, transfer.mouth, widgets)
+    return found, cost["learning_seconds"]
+
+
 def measured(lab: Lab, transfer: Transfer, *, knows: bool) -> Row:
     """Learn the look, and the person if asked; transfer; judge."""
     sitter, model, clip = transfer.sitter, lab.model, lab.clip
+    found, seconds = learned_look(lab, transfer)
     started = time.perf_counter()
     if knows:
         model, clip, _ = identity.learned(lab, sitter, Recipe())
-    prompt = worded(caption(transfer.reference), f"<{look}> lips", knows=False)
-    found, _ = identity.learn(
-        lab, transfer.picture, transfer.mouth, {**makeup, "prompt": prompt, "seed": sitter.number}
-    )
     model, clip = identity.applied(lab, model, clip, found, None)
-    seconds = time.perf_counter() - started
+    seconds += time.perf_counter() - started
     source = caption(sitter.person)
     own = f"{sitter.person.attributes['lips']} lips"
     before, after = (worded(source, lips, knows=knows) for lips in (own, f"<{look}> lips"))
@@ -112,10 +119,18 @@ def measured(lab: Lab, transfer: Transfer, *, knows: bool) -> Row:
 
 def prompted(lab: Lab, transfer: Transfer) -> Row:
     """The same edit by the colour's name, which the model knows: what can be reached."""
+    return _by_words(lab, transfer, transfer.sitter.edits[0].prompts)
+
+
+def unprompted(lab: Lab, transfer: Transfer) -> Row:
+    """The same edit by a word without weight: what the model draws of itself."""
+    source, _ = transfer.sitter.edits[0].prompts
+    return _by_words(lab, transfer, (source, worded(source, f"({plain}:0) lips", knows=False)))
+
+
+def _by_words(lab: Lab, transfer: Transfer, prompts: tuple[str, str]) -> Row:
     sitter = transfer.sitter
-    return _means(
-        sitter, identity.edited(lab, lab.model, lab.clip, sitter, [sitter.edits[0].prompts])
-    )
+    return _means(sitter, identity.edited(lab, lab.model, lab.clip, sitter, [prompts]))
 
 
 def _means(sitter: Sitter, images: Tensor) -> Row:
@@ -131,6 +146,7 @@ def main() -> None:
     kept, rows = Kept(options.cache), dict[str, list[Row]]()
     methods: dict[str, Callable[..., Row]] = {
         "by the colour's name": prompted,
+        "by a word without weight": unprompted,
         "makeup": partial(measured, knows=False),
         "makeup and identity": partial(measured, knows=True),
     }

@@ -9,6 +9,15 @@ from pathlib import Path
 from .comfyui import PACK
 
 WORKFLOWS = PACK / "workflows"
+REAL_WEIGHTS = {
+    "focusflow_sd35_medium": {"ckpt_name"},
+    "focusflow_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
+    "flux_sculptor_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
+    "s2edit_sd15": {"ckpt_name"},
+    "s2edit_sdxl": {"ckpt_name"},
+    "flexip_ip_adapter_sd15": {"ckpt_name", "file_name", "preservation", "personalization"},
+}
+"""Workflow -> the inputs that name a file which does not ship."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -59,6 +68,11 @@ def _check_edit(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     if not (WORKFLOWS / f"{options.workflow}.json").is_file():
         names = ", ".join(sorted(file.stem for file in WORKFLOWS.glob("*.json")))
         parser.error(f"--workflow {options.workflow}: there is no such workflow, only {names}")
+    if options.workflow in REAL_WEIGHTS:
+        parser.error(
+            f"--workflow {options.workflow}: its models do not ship; open it on the page of a "
+            "ComfyUI that has them"
+        )
     if options.seed is not None and not 0 <= options.seed < 2**63:
         parser.error(f"--seed {options.seed}: it has to be at least 0 and below 2**63")
     if options.image and not options.image.is_file():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .cases import saved_pictures
-from .options import WORKFLOWS
+from .options import REAL_WEIGHTS, WORKFLOWS
 from .prompts import Graph
 from .server import Server
 
@@ -18,15 +18,6 @@ Workflow = dict[str, Any]
 Pictures = dict[str, np.ndarray]
 
 NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
-REAL_WEIGHTS = {
-    "focusflow_sd35_medium": {"ckpt_name"},
-    "focusflow_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
-    "flux_sculptor_flux1_dev": {"unet_name", "clip_name1", "clip_name2", "vae_name"},
-    "s2edit_sd15": {"ckpt_name"},
-    "s2edit_sdxl": {"ckpt_name"},
-    "flexip_ip_adapter_sd15": {"ckpt_name", "file_name", "preservation", "personalization"},
-}
-"""Workflow -> the inputs that name a file which does not ship."""
 DEMOS = [name for name in NAMES if name not in REAL_WEIGHTS]
 
 

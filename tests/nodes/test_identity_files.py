@@ -120,6 +120,23 @@ def test_names_that_lead_elsewhere_are_refused(folders: Path, ann: Any, name: st
     assert not [path for path in folders.rglob("*") if path.is_file()]
 
 
+def test_names_are_refused_before_anything_is_learned(folders: Path, host: Host) -> None:  # noqa: ARG001
+    valid = host.nodes["PinpointSaveIdentity"].validate_inputs  # type: ignore[attr-defined]
+    assert [valid(name) for name in ("", "people/ann", "ann.safetensors", None)] == [True] * 4
+    assert "write a name such as ann" in valid("../ann")
+    assert valid("people/" + "a" * 300) == (
+        "file_name has a part of 300 bytes: write one of at most 200"
+    )
+
+
+def test_files_can_be_read_by_whom_folders_let(folders: Path, ann: Any) -> None:
+    usual = folders / "usual"
+    usual.touch()
+    save(ann)
+    saved = folders / "identities" / "ann.safetensors"
+    assert saved.stat().st_mode == usual.stat().st_mode
+
+
 def test_links_that_lead_elsewhere_are_refused(folders: Path, ann: Any) -> None:
     (folders / "identities" / "out").symlink_to(folders / "loras", target_is_directory=True)
     with pytest.raises(ValueError, match="write a name such as ann"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -178,6 +179,20 @@ def test_previews_are_confined_as_the_learning_is(
     assert torch.equal(seen[1], LEFT)
 
 
+def test_nothing_stays_in_memory(learned: Learned) -> None:
+    """Text encoders add in place to what autograd keeps, which then leads back to itself."""
+
+    def calculated() -> int:
+        gc.collect()
+        tensors = (each for each in gc.get_objects() if issubclass(type(each), Tensor))
+        return sum(tensor.grad_fn is not None for tensor in tensors)
+
+    before = calculated()
+    learned(mask=LEFT)
+    learned(save_memory=True)
+    assert calculated() == before
+
+
 def test_word_only(learned: Learned, pack: ModuleType) -> None:
     identity = learned(**WORD)[0]
     assert identity.lora == {}
@@ -232,6 +247,27 @@ def test_learns_on_from_an_identity(learned: Learned) -> None:
         assert ours.keys() == begun.keys()
         assert any(not torch.equal(ours[key], begun[key]) for key in ours)
     assert_same(learned(identity=first, **WORD)[0].lora, first.lora)
+
+
+def test_recipe_and_report_tell_what_was_learned_before(learned: Learned) -> None:
+    first, *_, report = learned()
+    assert (first.recipe["rank"], first.recipe["steps_done"]) == ("2", "4")
+    assert first.recipe["precision"] == "auto"
+    assert "changed layers of rank 2" in report
+    second, *_, report = learned(
+        identity=first, name="bea", prompt="one person", rank=5, token_steps=1, steps=0
+    )
+    assert second.recipe["rank"] == "2"
+    assert second.recipe["steps_done"] == "4, then 1"
+    assert second.recipe["prompt"] == f"{first.recipe['prompt']}, then one <bea> person"
+    assert "changed layers of rank 2" in report
+    assert "no change of the model" in learned(**WORD)[3]
+
+
+def test_report_compares_the_first_half_with_the_last(learned: Learned, pack: ModuleType) -> None:
+    lesson = pack.nodes.host.learning_settings.Lesson(losses=[4.0, 2.0, 1.0])
+    report = pack.nodes.host.lessons._report(learned(**WORD)[0], lesson, 0, 1.0)
+    assert "loss 3.0000 at the start, 1.5000 at the end" in report
 
 
 def test_learns_on_from_fitting_identities_only(learned: Learned) -> None:

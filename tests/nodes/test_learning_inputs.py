@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_each_picture_has_its_prompt(learned: Learned) -> None:
         ("一个人的照片", "人", "一个<ann> 人的照片"),
         ("a Person, personally", "person", "a <ann> Person, personally"),
         ("a (person:1.2)", "person", "a (<ann> person:1.2)"),
-        ("photo of <ANN>", "person", "photo of <ann>"),
+        ("photo of <ANN>, <Ann>", "person", "photo of <ann>, <ann>"),
     ],
 )
 def test_word_is_placed(pack: ModuleType, prompt: str, class_word: str, expected: str) -> None:
@@ -130,7 +131,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no class": ({"prompt": "a cat", "class_word": " "}, "class_word and start_word are both"),
     "no place": (
         {"prompt": "a cat", "class_word": "", "start_word": "cat"},
-        "prompt is 'a cat', which has neither <ann> nor",
+        "prompt is 'a cat', which has no <ann>: write for example 'photo of a <ann> person'",
     ),
     "start word": ({"start_word": "<eva>"}, "start_word has <eva>, which the clip does not"),
     "no tokens": ({"start_word": "()"}, "start_word has '()', for which the text encoder has no"),
@@ -153,6 +154,25 @@ def test_refuses_with_a_sentence(learned: Learned, case: tuple[dict[str, Any], s
     changed, sentence = case
     with pytest.raises(ValueError, match=re.escape(sentence)):
         learned(**changed)
+
+
+def test_refuses_before_anything_is_encoded(learned: Learned, pack: ModuleType) -> None:
+    first = learned(**QUICK)[0]
+    sizes = [torch.rand(1, 64, 64, 3), torch.rand(1, 16, 64, 3)]
+
+    def encoded(*_: Any) -> None:
+        raise AssertionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack.nodes.host.arguments, "latent_samples", encoded)
+        for given, message in (
+            ({"attributes": "hair, <zed>"}, "attributes has <zed>, which the clip does not know"),
+            ({"start_word": "<zed>"}, "start_word has <zed>, which the clip does not know"),
+            ({"identity": replace(first, family="Flux")}, "learned with Flux, the model is SD3"),
+            ({"image": sizes}, "image is 64x16"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                learned(**{"image": PICTURE, **given})
 
 
 def test_refuses_a_name_that_is_taken(learned: Learned, pack: ModuleType) -> None:
