@@ -33,8 +33,9 @@ class ApplyIdentity(io.ComfyNode):
                     max=2.0,
                     step=0.01,
                     tooltip=(
-                        "Of its change of the model. At 0 the model is untouched; the word works "
-                        "all the same, and prompt weights as (<ann>:1.2) turn it up or down."
+                        "Of its change of the model, which holds most of a person. At 0 the model "
+                        "is untouched and the word acts alone; prompt weights as (<ann>:1.2) turn "
+                        "it up or down."
                     ),
                 ),
                 io.String.Input(
@@ -176,4 +177,54 @@ class LoadIdentity(io.ComfyNode):
         return io.NodeOutput(identity, about, ui=ui.PreviewText(about))
 
 
-nodes = [ApplyIdentity, SaveIdentity, LoadIdentity]
+class IdentityHook(io.ComfyNode):
+    """An identity's change of the model, for chosen prompts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PinpointIdentityHook",
+            display_name="Identity Hook",
+            category="pinpoint/identity",
+            description=(
+                "Lets an identity change the model for chosen prompts only, by ComfyUI's hooks, so "
+                "that several people each have their own place."
+            ),
+            search_aliases=["two people", "regional lora", "hook lora", "several subjects"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="What will be sampled with; only whether it fits is looked at."
+                ),
+                widgets.Identity.Input(
+                    "identity",
+                    tooltip="From Learn or Load Identity; in its Apply Identity, strength is 0.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="Of its change of the model.",
+                ),
+                io.Hooks.Input(
+                    "prev_hooks", optional=True, tooltip="Hooks of other nodes to go with it."
+                ),
+            ],
+            outputs=[io.Hooks.Output(tooltip="For Cond Set Props, behind the identity's prompt.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        identity: Identity,
+        strength: float,
+        prev_hooks: io.Hooks.Type | None = None,
+    ) -> io.NodeOutput:
+        arguments.require_valid(cls, locals())
+        own = applying.hooks(model, identity, strength)
+        return io.NodeOutput(own if prev_hooks is None else prev_hooks.clone_and_combine(own))
+
+
+nodes = [ApplyIdentity, SaveIdentity, LoadIdentity, IdentityHook]

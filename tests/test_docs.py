@@ -19,6 +19,7 @@ NODES = (
     "PinpointApplyIdentity",
     "PinpointSaveIdentity",
     "PinpointLoadIdentity",
+    "PinpointIdentityHook",
     "PinpointLoadImageEncoder",
     "PinpointEncodeSubject",
     "PinpointLoadFlexIP",
@@ -169,7 +170,7 @@ def test_page_names_only_widgets_that_exist(host: Host, node_id: str) -> None:
     existing = {part.id for name in NODES for part in schema(host, name).inputs}
     existing |= {output_name(part) for name in NODES for part in schema(host, name).outputs}
     # Inputs of the stock nodes that the pages tell to connect.
-    existing |= {"guider", "sampler", "sigmas", "noise", "latent_image"}
+    existing |= {"guider", "sampler", "sigmas", "noise", "latent_image", "hooks"}
     assert set(re.findall(r"`([^`]+)`", page(node_id))) <= existing
 
 

@@ -173,7 +173,7 @@ def test_a_note_tells_what_to_do_and_where_the_model_goes(name: str) -> None:
 def test_prompts_are_those_of_the_demo_portrait(server: Server, name: str) -> None:
     case = drawn_case(0, name)
     prompts = {"Source prompt": case.source_prompt, "Target prompt": case.target_prompt}
-    others = {"Class prompt", "Reference prompt"}
+    others = {"Class prompt", "Reference prompt", "Reference prompt with other lips"}
     others |= {"Right: before", "Right: after", "Right: prompt"}
     nodes = load(name)["nodes"]
     written = {n["title"]: n["widgets_values"][0] for n in nodes if n["type"] in TEXTS}
@@ -204,7 +204,9 @@ def differences(source: str, target: str) -> int:
 def test_prompts_of_the_reference_are_its_own(name: str) -> None:
     own = drawn_case(REFERENCE_SEED).source_prompt
     nodes = {node.get("title"): node for node in load(name)["nodes"]}
-    for title, changed in {"Reference prompt": 0, "Right: before": 0, "Right: after": 1}.items():
+    texts = {"Reference prompt": 0, "Reference prompt with other lips": 1}
+    texts |= {"Right: before": 0, "Right: after": 1}
+    for title, changed in texts.items():
         if title in nodes:
             (text,) = nodes[title]["widgets_values"]
             assert differences(own, text.replace("<bea>", "person")) == changed
@@ -281,6 +283,45 @@ def test_two_people_are_changed_each_in_their_half(
     assert hats[:, :side].max() > 60
     assert hats[:, side:].max() > 60
     assert (difference == 0).mean() > 0.5
+
+
+def test_each_person_is_made_anew_in_their_half(
+    server: Server, pictures: Callable[[str], Pictures], portrait: np.ndarray
+) -> None:
+    def exchanged(graph: Graph) -> None:
+        one, other = (
+            node["inputs"]
+            for node in graph.values()
+            if node["class_type"] == "PinpointIdentityHook"
+        )
+        one["identity"], other["identity"] = other["identity"], one["identity"]
+
+    side = portrait.shape[1]
+    outcomes = pictures(TWO_PEOPLE), run(server, TWO_PEOPLE, exchanged)
+    for half in (slice(side), slice(side, None)):
+        own, foreign = (
+            np.abs(saved["anew"].astype(int) - saved["source"])[:, half].mean()
+            for saved in outcomes
+        )
+        assert own < 0.7 * foreign
+
+
+def test_makeup_is_learned_from_the_lips(server: Server) -> None:
+    def with_mask(graph: Graph) -> None:
+        learn_little(graph)
+        (lesson,) = (n for n in graph.values() if n["class_type"] == "PinpointLearnIdentity")
+        for key, class_type, inputs in (
+            ("1001", "MaskToImage", {"mask": lesson["inputs"]["mask"]}),
+            ("1002", "SaveImage", {"images": ["1001", 0], "filename_prefix": "pinpoint/mask"}),
+        ):
+            graph[key] = {"class_type": class_type, "inputs": inputs, "_meta": {"title": key}}
+
+    saved = run(server, "makeup_transfer", with_mask)
+    red, green, blue = np.moveaxis(saved["reference"].astype(int), -1, 0)
+    lips, mask = (red > 180) & (green < 90) & (blue < 90), saved["mask"][..., 0] > 127
+    assert 50 < lips.sum() < 500
+    assert mask[lips].mean() > 0.8
+    assert mask.mean() < 0.06
 
 
 def test_a_subject_is_put_into_a_new_picture(

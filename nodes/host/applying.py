@@ -7,6 +7,7 @@ from typing import Any
 import comfy.lora
 import comfy.utils
 import comfy.weight_adapter
+from comfy.hooks import HookGroup, create_hook_lora
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection
 from comfy.quant_ops import QuantizedTensor
@@ -112,18 +113,39 @@ def _with_lora(model: ModelPatcher, identity: Identity, strength: float) -> Mode
     clone = model.clone()
     if not identity.lora or strength == 0:
         return clone
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(dict(identity.lora), names, log_missing=False)
-    _require_all(model, identity, patches)
-    if any(isinstance(_weight(model, key), QuantizedTensor) for key in patches):
+    patches = _patches(model, identity)
+    if _is_quantised(model, patches):
         _bypass(clone, patches, strength)
     else:
         clone.add_patches(patches, strength)
     return clone
 
 
-def _require_all(model: ModelPatcher, identity: Identity, patches: dict[str, Any]) -> None:
-    """Refuse a change of weights that the model has not, or has in other sizes."""
+def hooks(model: ModelPatcher, identity: Identity, strength: float) -> HookGroup:
+    """An identity's change of a model for chosen conditionings alone, as ComfyUI's hook.
+
+    Raises:
+        ValueError: an identity of another model or without a change of it, or quantised weights,
+            which ComfyUI's hooks would round.
+    """
+    require_family(model, identity)
+    if not identity.lora:
+        raise ValueError(
+            f"identity <{identity.name}> is a word alone and changes nothing of the model: use "
+            "Apply Identity"
+        )
+    if _is_quantised(model, _patches(model, identity)):
+        raise ValueError(
+            "model has quantised weights, in which hooks would round the change away: use the "
+            "strength of Apply Identity"
+        )
+    return create_hook_lora(dict(identity.lora), strength, 0.0)
+
+
+def _patches(model: ModelPatcher, identity: Identity) -> dict[str, Any]:
+    """The change by the names of the model's weights, all of which it has in fitting sizes."""
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    patches = comfy.lora.load_lora(dict(identity.lora), names, log_missing=False)
     modules = {key.removesuffix(".lora_up.weight") for key in identity.lora if "lora_up" in key}
     fitting = 0
     for key, patch in patches.items():
@@ -135,6 +157,11 @@ def _require_all(model: ModelPatcher, identity: Identity, patches: dict[str, Any
             f"identity <{identity.name}> changes {len(modules)} weights, of which the model has "
             f"{fitting}: load the model that it was learned with"
         )
+    return patches
+
+
+def _is_quantised(model: ModelPatcher, patches: dict[str, Any]) -> bool:
+    return any(isinstance(_weight(model, key), QuantizedTensor) for key in patches)
 
 
 def _weight(model: ModelPatcher, key: str) -> Tensor:

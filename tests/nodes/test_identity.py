@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from host import tiny_clip
-from host.edits import patcher_state
+from host import stock, tiny_clip
+from host.edits import patcher_state, picture_latent
 from host.foreign import lora_weights
 from host.identities import LORA, apply, velocity
 
@@ -101,6 +101,65 @@ def test_quantised_weights_are_bypassed_and_bypasses_stack(
     assert not torch.allclose(found, velocity(*apply(model, ann), text), atol=1e-3)
     model_management.unload_all_models()
     assert torch.equal(velocity(model, clip, text), plain)
+
+
+def test_a_hook_changes_the_model_for_its_prompts_only(tiny_model: TinyModel, ann: Any) -> None:
+    def sampled(strength: float, *hooked: float) -> torch.Tensor:
+        model, clip = apply(tiny_model("sd3_bare"), ann, strength=strength)
+        positive, negative = (encoded(clip, text) for text in ("a <ann>", ""))
+        for each in hooked:
+            (hooks,) = stock.call("PinpointIdentityHook", model=model, identity=ann, strength=each)
+            (positive,) = stock.call(
+                "ConditioningSetProperties",
+                cond_NEW=positive,
+                strength=1.0,
+                set_cond_area="default",
+                hooks=hooks,
+            )
+        return stock.call(
+            "KSampler",
+            **dict(model=model, positive=positive, negative=negative),
+            **dict(seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0),
+            latent_image={"samples": picture_latent()},
+        )[0]["samples"]
+
+    plain = sampled(0.0)
+    everywhere, hooked = sampled(0.7), sampled(0.0, 0.7)
+    assert torch.equal(hooked, everywhere)
+    assert (hooked - plain).abs().mean() > 0.01
+    assert torch.equal(sampled(0.0), plain)
+
+
+def test_hooks_of_others_stay(tiny_model: TinyModel, ann: Any) -> None:
+    def hook(strength: float, **others: Any) -> Any:
+        inputs = dict(model=tiny_model("sd3_bare"), identity=ann, strength=strength)
+        return stock.call("PinpointIdentityHook", **inputs, **others)[0]
+
+    first = hook(0.3)
+    both = hook(0.4, prev_hooks=first)
+    assert sorted(each.strength_model for each in both.hooks) == [0.3, 0.4]
+    assert len(first.hooks) == 1
+
+
+def test_changes_that_no_hook_can_make_are_refused(
+    pack: ModuleType, tiny_model: TinyModel, ann: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(message: str, identity: Any = ann, model: str = "sd3_bare") -> None:
+        with pytest.raises(ValueError, match=message):
+            stock.call(
+                "PinpointIdentityHook", model=tiny_model(model), identity=identity, strength=1.0
+            )
+
+    refused("was learned with SD3, the model is Flux", model="flux")
+    refused("<ann> is a word alone", replace(ann, lora={}))
+    elsewhere = {key.replace("blocks.0", "blocks.7"): t for key, t in ann.lora.items()}
+    refused("changes 1 weights, of which the model has 0", replace(ann, lora=elsewhere))
+    monkeypatch.setattr(pack.nodes.host.applying, "QuantizedTensor", torch.Tensor)
+    refused("quantised weights")
+
+
+def encoded(clip: Any, text: str) -> Any:
+    return stock.call("CLIPTextEncode", clip=clip, text=text)[0]
 
 
 def test_another_family_is_refused(tiny_model: TinyModel, ann: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from host import flexips, ip_adapters, stock, subjects, tiny_clip
+from host import flexips, identities, ip_adapters, stock, subjects, tiny_clip
 from host.edits import picture_latent
 from host.graphs import NodeGraph
 from host.inprocess import Host
@@ -25,6 +25,7 @@ NODES = (
     "PinpointApplyIdentity",
     "PinpointSaveIdentity",
     "PinpointLoadIdentity",
+    "PinpointIdentityHook",
     "PinpointLoadImageEncoder",
     "PinpointEncodeSubject",
     "PinpointLoadFlexIP",
@@ -93,9 +94,8 @@ def folder(
 def identity(pack: ModuleType, folder: Callable[[str], Path]) -> Any:
     """The only one in models/identities."""
     folder("identities")
-    files, kind = pack.nodes.host.identity_files, pack.nodes.host.identity.Identity
-    ann = kind("ann", "person", "SD3", {"l": torch.ones(1, 64)})
-    files.save(ann, "saved")
+    ann = identities.ann(pack)
+    pack.nodes.host.identity_files.save(ann, "saved")
     return ann
 
 
@@ -163,6 +163,9 @@ def things(
         "SIGMAS": sigmas,
         "PINPOINT_TRAJECTORY": trajectory,
         "PINPOINT_IDENTITY": identity,
+        "HOOKS": stock.call("PinpointIdentityHook", model=model, identity=identity, strength=1.0)[
+            0
+        ],
         "source": stock.conditioning(1),
         "target": stock.conditioning(2),
         "negative": stock.conditioning(3),
