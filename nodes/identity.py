@@ -166,7 +166,7 @@ class LoadIdentity(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file_name: str) -> str:
         """Another file by the same name is another identity."""
-        return tensor_files.fingerprint(identity_files.path_of(file_name))
+        return tensor_files.fingerprint(tensor_files.path_of(identity_files.folder, file_name))
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:

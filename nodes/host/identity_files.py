@@ -9,7 +9,6 @@ import json
 import re
 from pathlib import Path
 
-import folder_paths
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -127,7 +126,7 @@ def load(file_name: str) -> Identity:
     Raises:
         ValueError: the file is not there, not whole, no identity, or one of a newer Pinpoint.
     """
-    path = path_of(file_name)
+    path = tensor_files.path_of(folder, file_name)
     try:
         # Learning goes on from tensors that are not bound to inference.
         with torch.inference_mode(False), safe_open(path, framework="pt") as file:
@@ -140,21 +139,6 @@ def load(file_name: str) -> Identity:
             "file; save or download it again"
         ) from error
     return _identity(metadata, tensors, file_name)
-
-
-def path_of(file_name: str) -> Path:
-    """The file of one of `names`.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    path = folder_paths.get_full_path(folder, file_name)
-    if path is None:
-        raise ValueError(
-            f"identity is {file_name}, which is not in models/{folder}: choose another, or save it "
-            "again with Save Identity"
-        )
-    return Path(path)
 
 
 def _require_format(metadata: dict[str, str], file_name: str) -> None:

@@ -64,7 +64,7 @@ class WordCLIP(CLIP):
         """As ComfyUI's, with the vectors of learned words in their places.
 
         Raises:
-            ValueError: a tokenizer that no stand-in passes whole.
+            ValueError: a tokenizer that no stand-in passes whole, or a prompt with all of them.
         """
         written = [match[1] for match in _written.finditer(text)]
         names = [name.casefold() for name in written if name.casefold() in self.words]
@@ -72,9 +72,13 @@ class WordCLIP(CLIP):
             progress.warn(f"no identity of the name {name} is applied: <{name}> stays text")
         if not names:
             return super().tokenize(text, return_word_ids, **kwargs)
-        for stand_in in _stand_ins:
-            if stand_in in text.casefold():
-                continue
+        free = [stand_in for stand_in in _stand_ins if stand_in not in text.casefold()]
+        if not free:
+            raise ValueError(
+                f"prompt has all of the words {', '.join(_stand_ins)}, of which one has to be free "
+                f"to hold the place of <{names[0]}>: leave one out"
+            )
+        for stand_in in free:
             tokens = self._tokenized(text, names, stand_in, return_word_ids, **kwargs)
             if tokens is not None:
                 return tokens

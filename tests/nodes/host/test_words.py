@@ -255,6 +255,15 @@ def test_a_prompt_that_no_stand_in_passes_is_refused(
         knowing.tokenize("a photo of <Ann>")
 
 
+def test_a_prompt_with_all_stand_ins_is_refused(
+    pack: ModuleType, words: ModuleType, encoder: Encoder
+) -> None:
+    clip = encoder("sd3")
+    knowing = words.with_words(clip, {"ann": for_all(pack, clip, 1, 1)})
+    with pytest.raises(ValueError, match="prompt has all of the words river, window"):
+        knowing.tokenize("<ann>, " + " ".join(words._stand_ins))
+
+
 def test_words_of_attention_mask_are_found_beside_learned_ones(
     pack: ModuleType, words: ModuleType, encoder: Encoder
 ) -> None:
