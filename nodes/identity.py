@@ -69,6 +69,8 @@ class ApplyIdentity(io.ComfyNode):
         mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
+        # The page keeps a warning until there is another text.
+        progress.show(f"<{name.strip(' <>') or identity.name}> can be written in prompts")
         return io.NodeOutput(*applying.applied(model, clip, identity, strength, mask, name))
 
 
@@ -117,8 +119,8 @@ class SaveIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file_name: str | None) -> bool | str:
-        """Refuse a name before anything is learned; one from another node is not known yet."""
+    def validate_inputs(cls, file_name: str | None = None) -> bool | str:
+        """Tell of an impossible name when a prompt is queued; a linked one is not known then."""
         try:
             identity_files.require_file_name(file_name or "")
         except ValueError as error:

@@ -6,6 +6,7 @@ other tokens would carry what they read from it to every place, so there they do
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from ...kernels import attention as attending
 from ...kernels import masks
-from . import arguments, layouts, progress, step_prompts, tap
+from . import arguments, layouts, step_prompts, tap
 from .step_prompts import StepPrompts, prompts_key
 from .tap import Attention, Proceed
+
+log = logging.getLogger(__name__)
 
 wrapper_key = "pinpoint_confined_words"
 
@@ -149,9 +152,9 @@ class _Confiner:
         is_first = timestep.max() >= inner["sample_sigmas"].max()
         prompts = (prompt for named in inner[prompts_key].found.values() for prompt in named)
         if is_first and not any(self.name in prompt.words for prompt in prompts):
-            progress.warn(
-                f"a mask confines <{self.name}>, but no prompt has it: encode one with the CLIP of "
-                "Apply Identity, and let no other node join it to the end of another"
+            log.warning(
+                f"Pinpoint: a mask confines <{self.name}>, but no prompt has it: encode one with "
+                "the CLIP of Apply Identity, and let no other node join it to the end of another"
             )
         return executor(x, timestep, model_options, seed)
 

@@ -327,7 +327,8 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
         """Whether rows may be exchanged inside one call.
 
         Areas crop the latent, ControlNets and CALC_COND_BATCH wrappers read it before we can
-        exchange rows, and the listed options slice or distribute the batch themselves.
+        exchange rows, hooks give each prompt a call of its own, and the listed options slice or
+        distribute the batch themselves.
         """
         if {"context_handler", "multigpu_clones", "sampler_calc_cond_batch_function"} & set(
             options
@@ -343,7 +344,7 @@ class SourceTargetGuider(comfy.samplers.CFGGuider):
                 return False
         prepared = [*self.conds.values(), *self.source_conds.values()]
         entries = [entry for conds in prepared for entry in conds]
-        return not any("area" in entry or "control" in entry for entry in entries)
+        return not any({"area", "control", "hooks"} & entry.keys() for entry in entries)
 
 
 def _with_sources(options: Options, sources: Conds, targets: Conds = ()) -> Options:

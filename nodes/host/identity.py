@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+longest_name = 100
 _name = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -50,11 +51,15 @@ def require_name(name: str, input_name: str = "name") -> str:
     """A name that can stand in a prompt, without spaces and angle brackets around it.
 
     Raises:
-        ValueError: it has other characters than letters, digits, - and _, or none.
+        ValueError: it has other characters than letters, digits, - and _, none or too many.
     """
     plain = name.strip().removeprefix("<").removesuffix(">")
     if not _name.fullmatch(plain):
         raise ValueError(
             f"{input_name} is '{name}': write a name of letters, digits, - and _, such as ann"
+        )
+    if len(plain) > longest_name:
+        raise ValueError(
+            f"{input_name} has {len(plain)} letters: write one of at most {longest_name}"
         )
     return plain

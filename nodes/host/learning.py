@@ -130,10 +130,11 @@ class Learner(training.TrainingSampler):
         """How it was learned; of what was learned before, the steps and the prompt stay."""
         told = self.settings.recipe() | {"rank": str(self.trainee.rank)}
         before = {} if self._start is None else self._start.recipe
-        done = {"prompt": self.pictures[0].prompt, "steps_done": str(len(self.lesson.losses))}
-        for key, value in done.items():
-            earlier = before.get(key)
-            told[key] = value if earlier in (None, value) else f"{earlier}, then {value}"
+        told["steps_done"] = _then(before.get("steps_done"), str(len(self.lesson.losses)))
+        earlier, prompt = before.get("prompt"), self.pictures[0].prompt
+        if earlier is None or not earlier.endswith(prompt):
+            earlier = _then(earlier, prompt)
+        told["prompt"] = earlier
         return told
 
     def train(self) -> None:
@@ -311,7 +312,7 @@ class Learner(training.TrainingSampler):
     def _read_attributes(self) -> None:
         """Features of the attribute words and of the class word, in place of the learned word."""
         settings = self.settings
-        if not settings.attributes or not settings.orthogonality or not settings.token_rate:
+        if not settings.reads_attributes:
             return
         # Without a class word, the first meaning stands for it.
         classed = settings.class_word or settings.start_word
@@ -353,6 +354,10 @@ class Learner(training.TrainingSampler):
             sample = _Sample.of(sampling, latent, noise, sigma)
             denoised = self._denoised(picture, prompt, sample)
             return previewer.decode_latent_to_preview_image("JPEG", denoised)
+
+
+def _then(earlier: str | None, value: str) -> str:
+    return value if earlier is None else f"{earlier}, then {value}"
 
 
 def _remaining(done: float) -> float:

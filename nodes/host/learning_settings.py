@@ -71,6 +71,11 @@ class LearningSettings:
         """Steps of both phases."""
         return self.token_steps + self.steps
 
+    @property
+    def reads_attributes(self) -> bool:
+        """Whether the word is kept apart from the attributes."""
+        return bool(self.attributes and self.orthogonality and self.token_rate)
+
     def recipe(self) -> dict[str, str]:
         """All of them, for people."""
         told = {**asdict(self), "attributes": ", ".join(self.attributes)}

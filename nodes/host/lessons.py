@@ -127,8 +127,11 @@ def require_fitting(
             f"name is {settings.name}, and the clip knows another identity of that name: write "
             "another, or connect the clip without Apply Identity"
         )
-    word_learning.require_known(clip, settings.start_word, settings.start_name)
-    word_learning.require_known(clip, ", ".join(settings.attributes), "attributes")
+    is_begun = start is not None and bool(start.vectors)
+    if not is_begun or (settings.reads_attributes and not settings.class_word):
+        word_learning.require_known(clip, settings.start_word, settings.start_name)
+    if settings.reads_attributes:
+        word_learning.require_known(clip, ", ".join(settings.attributes), "attributes")
     if start is not None:
         applying.require_family(model, start)
         applying.require_fitting(clip, start)

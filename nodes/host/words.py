@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from comfy.sd import CLIP
 from torch import Tensor
 
-from . import encoders, progress
+from . import encoders
+
+log = logging.getLogger(__name__)
 
 words_key = "pinpoint_words"
 """In a conditioning's dict: the rows of each learned word in its prompt, see `rows_of_words`."""
@@ -68,8 +71,9 @@ class WordCLIP(CLIP):
         """
         written = [match[1] for match in _written.finditer(text)]
         names = [name.casefold() for name in written if name.casefold() in self.words]
+        # In the log alone: the page would leave it on CLIP Text Encode for good.
         for name in sorted({n for n in written if n.casefold() not in self.words}):
-            progress.warn(f"no identity of the name {name} is applied: <{name}> stays text")
+            log.warning(f"Pinpoint: no identity of the name {name} is applied: <{name}> stays text")
         if not names:
             return super().tokenize(text, return_word_ids, **kwargs)
         free = [stand_in for stand_in in _stand_ins if stand_in not in text.casefold()]

@@ -120,7 +120,7 @@ def test_names_that_lead_elsewhere_are_refused(folders: Path, ann: Any, name: st
     assert not [path for path in folders.rglob("*") if path.is_file()]
 
 
-def test_names_are_refused_before_anything_is_learned(folders: Path, host: Host) -> None:  # noqa: ARG001
+def test_names_are_refused_when_a_prompt_is_queued(folders: Path, host: Host) -> None:  # noqa: ARG001
     valid = host.nodes["PinpointSaveIdentity"].validate_inputs  # type: ignore[attr-defined]
     assert [valid(name) for name in ("", "people/ann", "ann.safetensors", None)] == [True] * 4
     assert "write a name such as ann" in valid("../ann")

@@ -260,6 +260,8 @@ def test_recipe_and_report_tell_what_was_learned_before(learned: Learned) -> Non
     assert second.recipe["rank"] == "2"
     assert second.recipe["steps_done"] == "4, then 1"
     assert second.recipe["prompt"] == f"{first.recipe['prompt']}, then one <bea> person"
+    again = learned(identity=first)[0].recipe
+    assert (again["steps_done"], again["prompt"]) == ("4, then 4", first.recipe["prompt"])
     assert "changed layers of rank 2" in report
     assert "no change of the model" in learned(**WORD)[3]
 

@@ -139,6 +139,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "prompts": ({"prompt": ["a person"] * 3}, "3 prompts for 1 pictures"),
     "name": ({"name": "a b"}, "name is 'a b'"),
     "no name": ({"name": " "}, "name is ''"),
+    "long name": ({"name": "a" * 101}, "name has 101 letters: write one of at most 100"),
     "empty mask": ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
     "masks": ({"mask": torch.ones(2, 64, 64)}, "2 masks for 1 pictures"),
     "no steps": ({"steps": 0, "token_steps": 0}, "both 0"),
@@ -173,6 +174,12 @@ def test_refuses_before_anything_is_encoded(learned: Learned, pack: ModuleType) 
         ):
             with pytest.raises(ValueError, match=message):
                 learned(**{"image": PICTURE, **given})
+
+
+def test_words_that_are_not_read_may_be_unknown(learned: Learned) -> None:
+    first = learned(**QUICK)[0]
+    assert learned(identity=first, start_word="<zed>", **QUICK)
+    assert learned(attributes="<zed>", orthogonality=0.0, preservation=0.0, **QUICK)
 
 
 def test_refuses_a_name_that_is_taken(learned: Learned, pack: ModuleType) -> None:

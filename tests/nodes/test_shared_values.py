@@ -154,6 +154,22 @@ def test_areas_that_both_prompts_have(tiny_model: TinyModel) -> None:
         asked(edit_guider(injecting(model), source(), prompts[1]), x)
 
 
+@pytest.mark.parametrize("are_hooked", [(False, True), (True, False), (True, True)])
+def test_prompts_with_hooks_of_their_own(
+    tiny_model: TinyModel, are_hooked: tuple[bool, bool]
+) -> None:
+    """ComfyUI asks for them in calls of their own, the target's first."""
+    model, x = tiny_model("sd3"), latents("sd3")
+    one, other = (
+        foreign.with_lora(prompt) if is_hooked else prompt
+        for prompt, is_hooked in zip((source(), target()), are_hooked, strict=True)
+    )
+    plain = asked(edit_guider(model, one, other), x)
+    found = asked(edit_guider(injecting(model), one, other), x)
+    assert (found[0] - plain[0]).abs().max() > 0.02
+    torch.testing.assert_close(found[1], plain[1], rtol=0, atol=2e-4)
+
+
 def test_two_injections_share_one_step(tiny_model: TinyModel) -> None:
     model, x = tiny_model("flux"), latents("flux")
     blockwise = injecting(injecting(model, blocks="double"), blocks="single")
