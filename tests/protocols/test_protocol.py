@@ -6,7 +6,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,22 @@ def test_an_interrupted_run_goes_on_to_the_same_summary(
     assert page.count("alt=edit") == COUNT
 
 
+@contextmanager
+def listening_to_ctrl_c() -> Iterator[None]:
+    """What a shell starts in the background, as the tests may be, does not, nor do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_stops_the_command_and_it_goes_on(server: Server, tmp_path: Path) -> None:
     command = [sys.executable, str(PACK / "tests/bench/protocol.py"), "focusflow"]
     command += ["--server", server.address, "--count", "3", "--output", str(tmp_path)]
     command += ["--workflow", str(WORKFLOWS / "sdedit.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with listening_to_ctrl_c():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if "1/3" in line:
