@@ -70,7 +70,7 @@ class ApplyIdentity(io.ComfyNode):
     ) -> io.NodeOutput:
         arguments.require_valid(cls, locals())
         # The page keeps a warning until there is another text.
-        progress.show(f"<{name.strip(' <>') or identity.name}> can be written in prompts")
+        progress.show(f"<{applying.name_in_prompts(identity, name)}> can be written in prompts")
         return io.NodeOutput(*applying.applied(model, clip, identity, strength, mask, name))
 
 

@@ -43,7 +43,7 @@ def applied(
     if clip is None:
         raise ValueError("clip is empty, as the checkpoint has no text encoder: use Load CLIP")
     require_family(model, identity)
-    name = require_name(name) if name.strip() else identity.name
+    name = name_in_prompts(identity, name)
     if name.casefold() in words.known_words(clip):
         raise ValueError(
             f"identity is called <{name}>, and the clip knows another of that name: write another "
@@ -56,6 +56,15 @@ def applied(
     if mask is not None:
         model = _confined(model, clip, name, mask)
     return model, clip
+
+
+def name_in_prompts(identity: Identity, name: str) -> str:
+    """What an identity is called: by its own name, if no other is given.
+
+    Raises:
+        ValueError: a name that cannot stand in a prompt.
+    """
+    return require_name(name) if name.strip() else identity.name
 
 
 def _confined(model: ModelPatcher, clip: CLIP, name: str, mask: Tensor) -> ModelPatcher:

@@ -34,7 +34,11 @@ def apply(model: Any, identity: Any, clip: Any = None, **inputs: Any) -> tuple[A
     )
 
 
+def encoded(clip: Any, text: str) -> stock.Conditioning:
+    """A prompt as ComfyUI's own node encodes it."""
+    return stock.call("CLIPTextEncode", clip=clip, text=text)[0]
+
+
 def velocity(model: Any, clip: Any, text: str) -> Tensor:
     """The velocity of a prompt."""
-    prompt = stock.call("CLIPTextEncode", clip=clip, text=text)[0]
-    return stock.velocity(model, prompt, None, 1.0, picture_latent(), 0.6)
+    return stock.velocity(model, encoded(clip, text), None, 1.0, picture_latent(), 0.6)

@@ -14,7 +14,7 @@ import torch
 from host import stock, tiny_clip
 from host.edits import patcher_state, picture_latent
 from host.foreign import lora_weights
-from host.identities import LORA, apply, velocity
+from host.identities import LORA, apply, encoded, velocity
 
 TinyModel = Callable[[str], Any]
 
@@ -156,10 +156,6 @@ def test_changes_that_no_hook_can_make_are_refused(
     refused("changes 1 weights, of which the model has 0", replace(ann, lora=elsewhere))
     monkeypatch.setattr(pack.nodes.host.applying, "QuantizedTensor", torch.Tensor)
     refused("quantised weights")
-
-
-def encoded(clip: Any, text: str) -> Any:
-    return stock.call("CLIPTextEncode", clip=clip, text=text)[0]
 
 
 def test_another_family_is_refused(tiny_model: TinyModel, ann: Any) -> None:
