@@ -86,8 +86,7 @@ def applied(
         return clone
     _load_with(clone, adapter)
     injection = _Injection(adapter, subject, settings, schedules)
-    clone = tap.tapped(step_prompts.remembering(clone), injection)
-    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, models_key, injection.warn)
+    clone = tap.tapped(step_prompts.remembering(clone), injection, replaced=True)
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, models_key, injection.forget)
     return clone
 
@@ -140,16 +139,6 @@ class _Injection:
     _made: dict[Hashable, _Tokens] = field(default_factory=dict)
     _strengths: dict[Hashable, Tensor] = field(default_factory=dict)
     _warned: bool = False
-
-    def warn(self, model: ModelPatcher) -> None:
-        """Tell of blocks that call no attention of ComfyUI's any more."""
-        replaced = model.model_options["transformer_options"].get("patches_replace", {})
-        if replaced.get("attn2"):
-            log.warning(
-                f"Pinpoint: another node replaces the cross-attention of {len(replaced['attn2'])} "
-                f"blocks, as IP-Adapter packs do, and {self.adapter.name} may not be seen there: "
-                "load their files with IP-Adapter as Branches instead"
-            )
 
     def forget(self, _model: ModelPatcher) -> None:
         """Free what was kept over the steps of a run."""

@@ -266,6 +266,8 @@ class Trainer(training.TrainingSampler):
         clean = self.inner_model.process_latent_in(latents)
         levels = losses.stratified(settings.batch, generator)
         levels = levels[torch.randperm(len(levels), generator=generator)]
+        lowest, highest = settings.levels
+        levels = lowest + (highest - lowest) * levels
         sigma = self._sigmas(levels, settings.weighting).to(clean)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         shaped = sigma.view(-1, *[1] * (clean.ndim - 1))

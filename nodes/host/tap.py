@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from .layouts import Block, Layout, Place, Shape, layout_of
 wrapper_key = "pinpoint_attention_tap"
 source_key = "pinpoint_source_uuids"
 """In `transformer_options`: uuids of the conditionings that describe the picture as it is."""
+inside_key = "pinpoint_inside_replacement"
+"""In `transformer_options`: the taps that have already handled a replaced attention as a whole."""
 
 
 @dataclass
@@ -105,16 +107,20 @@ Handler = Callable[[Attention, Proceed], Tensor]
 """Gets an attention and what runs it; returns the result, (B, tokens, heads * width)."""
 
 
-def tapped(model: ModelPatcher, handler: Handler, *, innermost: bool = False) -> ModelPatcher:
+def tapped(
+    model: ModelPatcher, handler: Handler, *, innermost: bool = False, replaced: bool = False
+) -> ModelPatcher:
     """A clone of a model whose attention goes through a handler; the newest handler is outermost.
 
     Args:
         innermost: put this one inside of all others instead, where it sees what they leave.
+        replaced: let it handle also what other packs put in place of a UNet's cross-attention, as
+            IP-Adapter packs do. They are given queries, keys and values, but no mask.
 
     Raises:
         ValueError: a family whose attention is not known.
     """
-    tap = _Tap(handler, layout_of(model), model.model.diffusion_model)
+    tap = _Tap(handler, layout_of(model), model.model.diffusion_model, replaced)
     clone = model.clone()
     others = clone.get_wrappers(WrappersMP.APPLY_MODEL, wrapper_key) if innermost else []
     if others:
@@ -131,6 +137,7 @@ class _Tap:
     handler: Handler
     layout: Layout
     network: nn.Module
+    replaced: bool
 
     def __call__(
         self,
@@ -149,6 +156,8 @@ class _Tap:
         options = {**transformer_options, "optimized_attention_override": override}
         if not self.layout.indexed:
             _name_blocks(options, self.layout.blocks(self.network))
+        if self.replaced:
+            override.surround_replacements(options)
         with _uncompiled():
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
@@ -220,7 +229,8 @@ class _Override:
             return func(q, k, v, heads, **options)
 
         options = kwargs.get("transformer_options") or {}
-        place = self._place(q, k, options, skip_reshape)
+        is_inside = any(tap is self.tap for tap in options.get(inside_key, ()))
+        place = None if is_inside else self._place(q, k, options, skip_reshape)
         if place is None:
             return run(q, k, v, mask, not skip_output_reshape)
 
@@ -232,11 +242,35 @@ class _Override:
 
         width = q.shape[-1] if skip_reshape else q.shape[-1] // heads
         if not skip_reshape:
-            # SD3 gives flat queries and keys, but values that have their heads already.
-            q, k, v = (t.reshape(*t.shape[:2], -1, width).transpose(1, 2) for t in (q, k, v))
+            q, k, v = (_in_heads(t, width) for t in (q, k, v))
         scale = kwargs.get("scale") or 1 / math.sqrt(width)
         out = self.tap.handler(Attention(self.call, place, q, k, v, mask, scale), proceed)
         return out.unflatten(2, (heads, -1)).transpose(1, 2) if skip_output_reshape else out
+
+    def surround_replacements(self, options: dict[str, Any]) -> None:
+        """Put the handler around what stands in place of cross-attentions in a call's options."""
+        replaced = options.get("patches_replace", {})
+        if others := replaced.get("attn2"):
+            surrounded = {key: partial(self._surround, other) for key, other in others.items()}
+            options["patches_replace"] = {**replaced, "attn2": surrounded}
+
+    def _surround(
+        self, other: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        """Handle a replaced attention as one; what it calls inside is not handled again."""
+        inside = {**options, inside_key: (*options.get(inside_key, ()), self.tap)}
+        place = self._place(q, k, options, False)
+        if place is None:
+            return other(q, k, v, options)
+
+        def proceed(attention: Attention) -> Tensor:
+            given = (t.transpose(1, 2).flatten(2) for t in (attention.q, attention.k, attention.v))
+            return other(*given, inside)
+
+        width = q.shape[-1] // options["n_heads"]
+        q, k, v = (_in_heads(t, width) for t in (q, k, v))
+        attention = Attention(self.call, place, q, k, v, None, 1 / math.sqrt(width))
+        return self.tap.handler(attention, proceed)
 
     def _place(
         self, q: Tensor, k: Tensor, options: dict[str, Any], skip_reshape: bool
@@ -254,6 +288,11 @@ class _Override:
         )
         self.turns[turn] += 1
         return self.tap.layout.place(self.tap.network, shape)
+
+
+def _in_heads(tokens: Tensor, width: int) -> Tensor:
+    """To (B, heads, tokens, width); SD3's values have their heads already."""
+    return tokens.reshape(*tokens.shape[:2], -1, width).transpose(1, 2)
 
 
 def as_now(options: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -116,47 +117,70 @@ class Studio:
         return self.lab.decode(made), time.perf_counter() - started
 
 
-def scores(person: Portrait, asked: list[Portrait], images: Tensor) -> Row:
-    """How well identity and attributes are found in pictures of a person, in percent."""
+@dataclass(frozen=True)
+class Case:
+    """One person, as the reference shows them and as the prompts ask for them."""
+
+    number: int
+    person: Portrait
+
+    @cached_property
+    def views(self) -> list[Portrait]:
+        """The reference, and what is asked for."""
+        return views(self.person, random.Random(f"flexip:{self.number}"), 1 + prompts_each)
+
+    @property
+    def asked(self) -> list[Portrait]:
+        """What is asked for."""
+        return self.views[1:]
+
+    @cached_property
+    def seen(self) -> dict[str, list[bool]]:
+        """Which attributes can be seen in what is asked for; hair under a hat cannot."""
+        return {name: visible(self.asked, name, smallest_change) for name in attributes}
+
+
+def scores(case: Case, images: Tensor) -> Row:
+    """How well identity and visible attributes are found in pictures of a person, in percent."""
     images = F.interpolate(images, (judged_size, judged_size), mode="area")
-    fitted = fitted_identities(images, asked, fitting_steps, moles=(0.05,))
+    fitted = fitted_identities(images, case.asked, fitting_steps, moles=(0.05,))
     names, errors = list(identity_ranges), []
     for name in judged_identity:
         low, high = identity_ranges[name]
         index = names.index(name)
-        errors += [abs(f.identity[index] - person.identity[index]) / (high - low) for f in fitted]
-    hits = []
-    for name in attributes:
-        seen = visible(fitted, name, smallest_change)
-        values = nearest_values(images, fitted, name)
-        hits += [
-            value == wanted.attributes[name]
-            for value, wanted, shown in zip(values, asked, seen, strict=True)
-            if shown
-        ]
+        wanted = case.person.identity[index]
+        errors += [abs(f.identity[index] - wanted) / (high - low) for f in fitted]
+    hits = [
+        value == wanted.attributes[name]
+        for name in attributes
+        for value, wanted, is_seen in zip(
+            nearest_values(images, fitted, name), case.asked, case.seen[name], strict=True
+        )
+        if is_seen
+    ]
     return {
         "preservation": 100 * (1 - sum(errors) / len(errors)),
         "personalization": 100 * sum(hits) / len(hits),
     }
 
 
-def measured(studio: Studio, number: int, person: Portrait, name: str, dial: float) -> Row:
+def measured(studio: Studio, case: Case, name: str, dial: float) -> Row:
     """One person's pictures by one method at one place of its dial, judged."""
-    reference, *asked = views(person, random.Random(f"flexip:{number}"), 1 + prompts_each)
-    model = studio.model(methods[name], studio.subject(reference), dial)
-    images, seconds = studio.pictures(model, [caption(p) for p in asked], number)
-    return {**scores(person, asked, images), "seconds": seconds}
+    model = studio.model(methods[name], studio.subject(case.views[0]), dial)
+    images, seconds = studio.pictures(model, [caption(p) for p in case.asked], case.number)
+    return {**scores(case, images), "seconds": seconds}
 
 
 def run(studio: Studio, options: argparse.Namespace) -> list[Row]:
     """The mean of each row over all people; what the cache holds is not made again."""
     kept = Kept(options.cache)
     found: dict[tuple[str, float], list[Row]] = {}
-    for number, person in enumerate(people("held-out", options.seed, options.count)):
+    cases = [Case(*each) for each in enumerate(people("held-out", options.seed, options.count))]
+    for case in reversed(cases) if options.backwards else cases:
         for name, method in methods.items():
             for dial in gammas if method.file else gammas[:1]:
-                key = f"{options.seed} {number} {name} {dial}"
-                row = kept.row(key, measured, studio, number, person, name, dial)
+                key = f"{options.seed} {case.number} {name} {dial}"
+                row = kept.row(key, measured, studio, case, name, dial)
                 found.setdefault((name, dial), []).append(row)
     return [{"gamma": dial, **mean_row(name, rows)} for (name, dial), rows in found.items()]
 
@@ -227,6 +251,9 @@ def overhead(studio: Studio) -> str:
 def main() -> None:
     """Run all rows on the same people and report."""
     given = parser(__doc__, 60, cached=True)
+    given.add_argument(
+        "--backwards", action="store_true", help="for a second process that shares the cache"
+    )
     given.add_argument("--single", type=Path, required=True, help="the single adapter's file")
     options = given.parse_args()
     studio = Studio(Lab("sd3"), single=options.single)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -34,10 +35,11 @@ class Lab:
 
     Args:
         format: "sd3", "flux" or "sd15".
+        more: arguments of ComfyUI's command line.
     """
 
-    def __init__(self, format: str = "sd3") -> None:
-        self.host = inprocess.start(_base())
+    def __init__(self, format: str = "sd3", more: Sequence[str] = ()) -> None:
+        self.host = inprocess.start(_base(), more=more)
         self.format = format
         if format == "sd3":
             self.model, self.clip, self.vae = self.run(
@@ -225,20 +227,33 @@ def arguments(description: str, count: int, **more: bool) -> argparse.Namespace:
 
 
 class Kept:
-    """Finished rows by their keys, in a JSON file from which an interrupted run goes on."""
+    """Finished rows by their keys, in a JSON file from which an interrupted run goes on.
+
+    Several processes may share the file.
+    """
 
     def __init__(self, file: Path | None):
         self.file = file
-        self.rows: dict[str, Row] = json.loads(file.read_text()) if file and file.exists() else {}
+        self.rows: dict[str, Row] = {}
 
     def row(self, key: str, measured: Callable[..., Row], *inputs: Any) -> Row:
         """A row, which is measured if it is not there."""
         if key not in self.rows:
-            self.rows[key] = measured(*inputs)
-            print(key, {k: round(v, 3) for k, v in self.rows[key].items()}, flush=True)
+            self._read()
+        if key not in self.rows:
+            made = measured(*inputs)
+            print(key, {k: round(v, 3) for k, v in made.items()}, flush=True)
+            self._read()
+            self.rows[key] = made
             if self.file:
-                self.file.write_text(json.dumps(self.rows, indent=1))
+                part = self.file.with_suffix(f".{os.getpid()}.part")
+                part.write_text(json.dumps(self.rows, indent=1))
+                part.replace(self.file)
         return self.rows[key]
+
+    def _read(self) -> None:
+        if self.file and self.file.exists():
+            self.rows = json.loads(self.file.read_text()) | self.rows
 
 
 def mean_row(method: str, rows: Sequence[Row]) -> Row:

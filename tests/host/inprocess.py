@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -93,20 +94,21 @@ class Host:
 _host: Host | None = None
 
 
-def start(base: Path, cpu: bool | None = None) -> Host:
+def start(base: Path, cpu: bool | None = None, more: Sequence[str] = ()) -> Host:
     """Start ComfyUI in this process, once; later calls return the same host.
 
-    `base` is a folder made by `host.base.make_base`. Takes about ten seconds.
+    `base` is a folder made by `host.base.make_base`, `more` are arguments of ComfyUI's command
+    line. Takes about ten seconds.
     """
     global _host  # noqa: PLW0603
     if _host is None:
-        _host = _start(base.absolute(), cpu)
+        _host = _start(base.absolute(), cpu, more)
     elif _host.base != base.absolute():
         raise RuntimeError(f"ComfyUI already runs in this process on {_host.base}, not on {base}")
     return _host
 
 
-def prepare(arguments: list[str]) -> None:
+def prepare(arguments: Sequence[str]) -> None:
     """Make ComfyUI's modules importable, with its command-line arguments read, starting nothing."""
     # ComfyUI's modules have names like `nodes` and `utils`: its folder has to come first.
     sys.path.insert(0, str(comfyui.locate()))
@@ -122,8 +124,8 @@ def prepare(arguments: list[str]) -> None:
         sys.argv = own_arguments
 
 
-def _start(base: Path, cpu: bool | None) -> Host:
-    prepare(launch.arguments(base, cpu))
+def _start(base: Path, cpu: bool | None, more: Sequence[str]) -> Host:
+    prepare([*launch.arguments(base, cpu), *more])
     # To a type checker, a plain import of `nodes` would be of our own.
     nodes: Any = importlib.import_module("nodes")
     server: Any = importlib.import_module("server")

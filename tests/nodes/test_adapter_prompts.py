@@ -148,15 +148,54 @@ def test_a_copy_for_an_area_is_known_as_the_prompt_whose_text_it_has(
     assert negative == [kind(True, 8, {}, None)]
 
 
-def test_replaced_cross_attention_is_told(
-    case: Callable[..., Case], caplog: pytest.LogCaptureFixture
+def attending(seen: bool) -> Callable[..., Tensor]:
+    """What another pack puts in place of a cross-attention: the same, seen by overrides or not."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        more = {"transformer_options": options} if seen else {}
+        return optimized_attention(q, k, v, options["n_heads"], **more)
+
+    return attend
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
+def test_replaced_cross_attention_has_the_subject_once(
+    case: Callable[..., Case], pack: ModuleType, name: str, seen: bool
 ) -> None:
+    """As IP-Adapter packs replace it, before or after, and with two subjects."""
+    family = FAMILIES[name]
+    made = case(family)
+    blocks = pack.nodes.host.layouts.blocks_of(made.model)
+
+    def replaced(model: Any) -> Any:
+        other = model.clone()
+        for block in blocks:
+            other.set_model_attn2_replace(attending(seen), block.kind, block.index, block.part)
+        return other
+
+    applied = made.applied()
+    wanted = family.velocity(applied)
+    assert (wanted - family.velocity(made.model)).abs().max() > 1e-3
+    assert torch.equal(family.velocity(replaced(applied)), wanted)
+    assert torch.equal(family.velocity(made.applied(replaced(made.model))), wanted)
+    twice = made.applied(applied)
+    assert torch.equal(family.velocity(replaced(twice)), family.velocity(twice))
+
+
+def test_what_replaces_cross_attention_still_acts(case: Callable[..., Case]) -> None:
     family = FAMILIES["SD1.5"]
     made = case(family)
-    model = made.applied().clone()
-    model.set_model_attn2_replace(lambda q, _k, _v, _extra: q, "input", 1)
-    family.velocity(model)
-    assert "replaces the cross-attention of 1 blocks" in caplog.text
+    found = []
+    for weight in (0.0, 1.0):
+        model = made.applied(weight=weight).clone()
+        for block in (("input", 1), ("middle", 0)):
+            model.set_model_attn2_replace(lambda q, _k, _v, _extra: 0.5 * q, *block)
+        found.append(family.velocity(model))
+    plain = [family.velocity(made.applied(weight=weight)) for weight in (0.0, 1.0)]
+    for a, b in ((found[0], found[1]), (found[0], plain[0]), (found[1], plain[1])):
+        assert (a - b).abs().max() > 1e-3
 
 
 def test_null_text_inversion_works_with_it(case: Callable[..., Case]) -> None:

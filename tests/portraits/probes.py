@@ -28,6 +28,14 @@ class Labels:
     identity: Tensor
     chosen: Tensor
 
+    def of(self, picked: Tensor) -> Labels:
+        """Those of some portraits."""
+        return Labels(self.identity[picked], self.chosen[picked])
+
+    def repeated(self, count: int) -> Labels:
+        """Each portrait's as often as there are answers for it."""
+        return Labels(*(t.repeat_interleave(count, 0) for t in (self.identity, self.chosen)))
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -52,6 +60,14 @@ def split(found: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Answers (N, 63) as identities (N, 16) and scores (N, values) for each attribute."""
     identity, scores = found.split([len(identity_ranges), sum(value_counts)], 1)
     return identity, list(scores.split(value_counts, 1))
+
+
+def error(found: Tensor, truth: Labels, identity_weight: float) -> Tensor:
+    """Squared error of the identity and cross-entropy of the attributes, each a mean."""
+    identity, scores = split(found)
+    entropies = [F.cross_entropy(each, truth.chosen[:, i]) for i, each in enumerate(scores)]
+    squared = F.mse_loss(identity, truth.identity)
+    return identity_weight * squared + torch.stack(entropies).mean()
 
 
 def probed(known: Tensor, known_labels: Labels, asked: Tensor, asked_labels: Labels) -> Findings:
