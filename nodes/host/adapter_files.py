@@ -30,7 +30,8 @@ folder = "flexip"
 state_suffix = f".state{tensor_files.suffix}"
 """Of what the training of an adapter goes on from."""
 _format, _version = "pinpoint_flexip", 1
-_largest_size, _deepest = 2**16, 64
+_encoders = ("low_encoder", "high_encoder")
+_largest_size, _deepest, _most_blocks = 2**16, 64, 1024
 
 
 def names() -> list[str]:
@@ -83,16 +84,23 @@ def load_file(path: Path) -> Adapter:
         text_width=sizes.text_width,
         mode=mode,
         about=_about(metadata, sizes, mode),
+        encoders=(metadata.get(_encoders[0], ""), metadata.get(_encoders[1], "")),
     )
 
 
 def content(
-    network: FlexIP, blocks: list[Block], family: str, mode: Mode, recipe: Mapping[str, str]
+    network: FlexIP,
+    blocks: list[Block],
+    family: str,
+    mode: Mode,
+    recipe: Mapping[str, str],
+    encoders: tuple[str, str] = ("", ""),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's tensors in fp16, and its metadata.
 
     Args:
         recipe: how it was trained.
+        encoders: with which, see `Adapter`.
     """
     tensors = {key: t.detach().to("cpu", torch.float16) for key, t in network.state_dict().items()}
     sizes = {key: value for key, value in asdict(network.sizes).items() if key != "blocks"}
@@ -106,6 +114,7 @@ def content(
         "sizes": json.dumps(sizes),
         "blocks": json.dumps(listed),
         "recipe": json.dumps(dict(recipe)),
+        **dict(zip(_encoders, encoders, strict=True)),
     }
     return tensors, metadata
 
@@ -118,6 +127,8 @@ def _sizes(metadata: dict[str, str], file_name: str) -> tuple[FlexIPSizes, list[
         if numbers["width"] % numbers["head_width"]:
             raise ValueError("width is no multiple of head_width")
         listed = json.loads(metadata["blocks"])
+        if len(listed) > _most_blocks:
+            raise ValueError(f"{len(listed)} blocks")
         blocks = [_block(*place) for *place, _ in listed]
         if len(set(blocks)) != len(blocks):
             raise ValueError("blocks are listed twice")
@@ -161,5 +172,6 @@ def _about(metadata: dict[str, str], sizes: FlexIPSizes, mode: Mode) -> str:
         f"reads image encoders {sizes.low_width} (low) and {sizes.high_width} (high) wide, text "
         f"{sizes.text_width} wide",
         f"{sizes.detail_tokens} detail and {sizes.global_tokens} global tokens for each reference",
+        *(f"{name}: {metadata[name]}" for name in _encoders if metadata.get(name)),
     ]
     return "\n".join(lines)

@@ -52,6 +52,7 @@ class Adapter:
         text_width: of the prompts it reads, or None if it reads none.
         mode: how it was trained to be gated.
         about: what is known of it, a line each.
+        encoders: low-level and high-level, that it was trained with, as `subjects.described`.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Adapter:
     text_width: int | None
     mode: Mode
     about: str
+    encoders: tuple[str, str] = ("", "")
 
     @property
     def branches(self) -> tuple[Branch, Branch]:
@@ -185,3 +187,10 @@ def require_fitting(model: ModelPatcher, adapter: Adapter, subject: Subject) -> 
         )
     for branch in adapter.branches:
         branch.require_fitting(subject)
+    names = ("low_encoder", "high_encoder")
+    for name, wanted, seen_by in zip(names, adapter.encoders, subject.encoders, strict=True):
+        if wanted and seen_by and wanted != seen_by:
+            raise ValueError(
+                f"subject comes from a {name} that is {seen_by}, the adapter was trained with "
+                f"{wanted}: connect that one to Encode Subject"
+            )

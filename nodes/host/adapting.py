@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...kernels import masks
 from ...kernels.flexip import Gated, Mode, gated_attention
-from . import adapters, arguments, layouts, step_prompts, tap
+from . import adapters, arguments, layouts, progress, step_prompts, tap
 from .adapters import Adapter
 from .gates import Gate, Schedule
 from .layouts import Block, Place
@@ -68,8 +68,9 @@ def applied(
     arguments.require_part(settings.start, settings.end)
     if settings.mask is not None:
         arguments.require_finite_mask(settings.mask)
+        settings = replace(settings, mask=settings.mask.reshape(-1, *settings.mask.shape[-2:]))
         if not settings.mask.any():
-            log.warning(f"Pinpoint: the mask of {adapter.name} is empty, so it does nothing")
+            progress.warn(f"mask is empty, so {adapter.name} does nothing")
     chosen = layouts.chosen_blocks(model, settings.blocks)
     schedules = {
         block: schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from ...kernels import crops
 from . import arguments, subjects, tensor_files
 from .flexip_folders import Collection, Picture
 from .flexip_settings import Pair, Text
-from .progress import show
 
 AUGMENTATIONS = ("none", "flip", "flip and crop")
 _views = dict(zip(AUGMENTATIONS, (1, 2, 4), strict=True))
@@ -42,6 +41,11 @@ class Encoders:
     vae: VAE
     low: ClipVisionModel
     high: ClipVisionModel
+
+    @property
+    def described(self) -> tuple[str, str]:
+        """The image encoders, see `subjects.described`."""
+        return subjects.described(self.low), subjects.described(self.high)
 
     @torch.no_grad()
     def seen(self, image: Tensor, mask: Tensor | None) -> _Tensors:
@@ -95,15 +99,15 @@ class Store:
         if not path.exists():
             tensor_files.write(path, _compact(make()), {})
 
-    def read(self, name: str) -> _Tensors:
-        """A file's tensors.
+    def read(self, name: str, rows: Mapping[str, int] | None = None) -> _Tensors:
+        """A file's tensors; of some only one row.
 
         Raises:
             ValueError: it is damaged.
         """
         path = self._path(name)
         try:
-            return tensor_files.read(path)[0]
+            return tensor_files.read(path, rows)[0]
         except ValueError as error:
             raise ValueError(
                 f"{error}: delete {path.parent}, and its pictures are encoded again"
@@ -148,13 +152,15 @@ class FolderPairs:
                 f"{lower or cell} or {lower + cell}"
             )
         pictures = collection.pictures
+        self._invariant = frozenset(collection.invariant)
         self._captions = {picture: picture.caption() for picture in pictures}
         self._names = {p: f"{p.name} {p.stamp()} {resolution} {augmentation}" for p in pictures}
 
-    def encode(self, part: int = 0, parts: int = 1) -> None:
+    def encode(self, tell: Callable[[str], None], part: int = 0, parts: int = 1) -> None:
         """Encode what is not yet encoded; an interrupted encoding goes on where it stopped.
 
         Args:
+            tell: is told which picture it is at.
             part, parts: which share of the pictures, where several processes do one each.
 
         Raises:
@@ -167,7 +173,7 @@ class FolderPairs:
         tasks += [(p, self._encode_caption) for p in pictures]
         for done, (picture, encode) in enumerate(tasks):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            show(f"encoding {picture.name}, {done + 1} of {len(tasks)}")
+            tell(f"encoding {picture.name}, {done + 1} of {len(tasks)}")
             encode(picture)
             bar.update_absolute(done + 1)
         self._encode_text("")
@@ -208,11 +214,14 @@ class FolderPairs:
         return picture, picture
 
     def _pair(self, reference: Picture, target: Picture, view: int) -> Pair:
-        seen, goal = (self.store.read(self._names[picture]) for picture in (reference, target))
+        seen = self.store.read(self._names[reference], {"low": view, "high": view})
+        goal = seen
+        if target != reference:
+            goal = self.store.read(self._names[target], {"low": 0, "high": 0})
         text = self._text(self._captions[target])
         return Pair(
-            low=seen["low"][view],
-            high=seen["high"][view],
+            low=seen["low"],
+            high=seen["high"],
             latent=goal["latent"],
             text=text.tokens,
             pooled=text.pooled,
@@ -224,7 +233,7 @@ class FolderPairs:
         def make() -> _Tensors:
             image, mask, encoders = picture.pixels(), picture.mask(), self.store.encoders
             # References of variant pairs are other pictures already.
-            is_varied = picture in self.collection.invariant
+            is_varied = picture in self._invariant
             augmentation = self.augmentation if is_varied else AUGMENTATIONS[0]
             try:
                 views = _augmented(image, mask, augmentation, random.Random(picture.name))

@@ -113,7 +113,7 @@ def train(
     # Before hours go into pictures for it.
     layouts.layout_of(encoders.model)
     training.require_loadable(encoders.model, "model")
-    pairs = _pairs(encoders, root, plan, cache or root / cache_folder, accelerator)
+    pairs = _pairs(encoders, root, plan, cache or root / cache_folder, watcher, accelerator)
     state = state_of(path)
     _wait(accelerator)
     # ComfyUI's nodes run in inference mode, in which nothing can be trained.
@@ -129,7 +129,8 @@ def train(
             max(50, min(1000, plan.settings.steps // 10)),
             watch,
             accelerator,
-            origin=root.name,
+            # Encoded pictures of each set of encoders have a folder of their own.
+            origin=f"{root.name} with encoders {pairs.store.folder.name}",
             resume=resume,
         )
         before = trainer.progress.step
@@ -144,7 +145,7 @@ def train(
                 )
             raise
         if trainer.is_main:
-            _save(trainer, plan, path)
+            _save(trainer, plan, path, encoders.described)
     made = (
         f"{path.stem} trained in {time.perf_counter() - started:.0f} s, steps {before} to "
         f"{trainer.progress.step}, from {pairs.collection}"
@@ -162,7 +163,7 @@ def train(
 
 
 def _pairs(
-    encoders: Encoders, root: Path, plan: Plan, cache: Path, accelerator: Any
+    encoders: Encoders, root: Path, plan: Plan, cache: Path, watcher: Watcher, accelerator: Any
 ) -> FolderPairs:
     collection = flexip_folders.found(root)
     if accelerator is None:
@@ -174,7 +175,7 @@ def _pairs(
         with accelerator.main_process_first():
             store = Store(cache, encoders)
     found = FolderPairs(collection, store, plan.resolution, plan.augmentation, plan.invariant_share)
-    found.encode(*share)
+    found.encode(watcher.tell, *share)
     _wait(accelerator)
     return found
 
@@ -214,13 +215,13 @@ class _Watch:
             self.watcher.show(step, steps, self.pictures)
 
 
-def _save(trainer: Trainer, plan: Plan, path: Path) -> None:
+def _save(trainer: Trainer, plan: Plan, path: Path, encoders: tuple[str, str]) -> None:
     settings, model = plan.settings, trainer.model
     recipe = {key: str(value) for key, value in asdict(settings).items()}
-    recipe |= {key: str(getattr(plan, key)) for key in ("resolution", "augmentation")}
-    content = adapter_files.content(
-        trainer.result, layouts.blocks_of(model), families.name(model), settings.mode, recipe
-    )
+    of_pairs = ("resolution", "augmentation", "invariant_share")
+    recipe |= {key: str(getattr(plan, key)) for key in of_pairs}
+    blocks, family = layouts.blocks_of(model), families.name(model)
+    content = adapter_files.content(trainer.result, blocks, family, settings.mode, recipe, encoders)
     tensor_files.write(path, *content)
 
 

@@ -108,6 +108,7 @@ class Trainer(training.TrainingSampler):
                 state, self.network, self.result, self._optimizer, self._origin
             )
             self.averaged.n_averaged.fill_(self.progress.step)
+        self._first = self.progress.step
 
     def run(self) -> None:
         """Train.
@@ -143,7 +144,7 @@ class Trainer(training.TrainingSampler):
         try:
             self._make_steps()
         finally:
-            if self._is_good:
+            if self._is_good and self.progress.step > self._first:
                 self.save()
 
     def save(self) -> None:

@@ -32,12 +32,14 @@ class Subject:
         high: (R, C), the high-level encoder's embedding of the whole picture.
         hidden: (R, T, H), the high-level encoder's penultimate hidden states, class token first.
         blank: (1, T, H), the same of a picture of the encoder's mean colour.
+        encoders: the low-level and the high-level one, as `described`; "" if not known.
     """
 
     low: Tensor
     high: Tensor
     hidden: Tensor
     blank: Tensor
+    encoders: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,18 @@ def encoded(
     side = high.model.image_size
     blank = torch.tensor(high.color).expand(side, side, 3)
     gathered.append(_whole(high, high.see(blank))[1].float())
-    return Subject(*map(_unbound, gathered)), torch.cat(pictures)
+    seen_by = described(low.model), described(high.model)
+    return Subject(*map(_unbound, gathered), encoders=seen_by), torch.cat(pictures)
+
+
+def described(encoder: ClipVisionModel) -> str:
+    """An encoder in words, by which an adapter that was trained with it tells it from others."""
+    config = encoder.config
+    patch = config.get("patch_size", _usual_patch)
+    return (
+        f"{encoder.model_type} {config.get('hidden_size')} wide, of {encoder.image_size} pixels in "
+        f"patches of {patch}"
+    )
 
 
 def _encoder(model: ClipVisionModel | None, input_name: str) -> _Encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,7 +80,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     Raises:
         ValueError: it cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")
+    # Several processes may write the same file at once, as those of one training do.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The format's own files can be read by nobody else, whatever is usual here.
@@ -98,15 +100,25 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
         part.unlink(missing_ok=True)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(
+    path: Path, rows: Mapping[str, int] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
+
+    Args:
+        rows: of these tensors only one row is read.
 
     Raises:
         ValueError: it is damaged, no safetensors file, or holds values that are not finite.
     """
     try:
         with torch.inference_mode(False), safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {
+                key: file.get_slice(key)[rows[key]]
+                if rows and key in rows
+                else file.get_tensor(key)
+                for key in file.keys()  # noqa: SIM118
+            }
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(

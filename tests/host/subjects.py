@@ -15,6 +15,8 @@ from .tapping import Family
 
 LOW, HIGH, HIDDEN = 24, 20, 28
 """Widths of what the image encoders give."""
+ENCODERS = "the low one", "the high one"
+"""What they are, as adapters and subjects say it."""
 SIZES = dict(
     width=32, head_width=16, detail_tokens=5, global_tokens=3, detail_depth=2, text_depth=1
 )
@@ -40,6 +42,7 @@ def subject(
         high=drawn(references, high),
         hidden=drawn(references, *hidden),
         blank=drawn(1, *hidden),
+        encoders=ENCODERS,
     )
 
 
@@ -66,6 +69,7 @@ def adapter(pack: ModuleType, model: Any, family: Family, **changes: Any) -> Any
         text_width=family.text_width,
         mode="literal",
         about="",
+        encoders=ENCODERS,
     )
     return replace(made, **changes)
 
@@ -74,7 +78,12 @@ def save(pack: ModuleType, adapter: Any, path: Path) -> Path:
     """Write one of these adapters, as Train FlexIP writes its own."""
     files = pack.nodes.host.adapter_files
     tensors, metadata = files.content(
-        adapter.patcher.model, list(adapter.blocks), adapter.family, adapter.mode, {}
+        adapter.patcher.model,
+        list(adapter.blocks),
+        adapter.family,
+        adapter.mode,
+        {},
+        adapter.encoders,
     )
     save_file(tensors, path, metadata)
     return path

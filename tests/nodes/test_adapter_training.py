@@ -246,6 +246,7 @@ def test_other_pictures_are_another_training(models: Path, host: Host) -> None:
         ({"folder": "nobody"}, "folder .*nobody has no pictures in invariant"),
         ({"file_name": "../people"}, r"file_name is '\.\./people': write a name such as"),
         ({"file_name": ""}, "file_name is '': write a name such as"),
+        ({"file_name": "ann.state"}, "file_name is 'ann.state', and names with that ending are of"),
         ({"gamma_variant_low": 0.9}, "gamma_variant_low is 0.9 and gamma_variant_high 0.6: swap"),
         ({"drop_text": 0.99}, "drop_subject, drop_text and drop_both add up to 1.09: lower them"),
         ({"width": 100}, "width is 100: choose a multiple of 64"),

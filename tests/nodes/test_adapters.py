@@ -209,6 +209,8 @@ def test_subjects_share_the_picture_in_any_order(
 ) -> None:
     made, mask = case(family), left_half(family.latent())
     other = subjects.subject(pack, seed=7)
+    flat = made.applied(mask=mask[0])
+    assert torch.equal(family.velocity(flat), family.velocity(made.applied(mask=mask)))
     one = made.applied(made.applied(mask=mask), subject=other, mask=1 - mask)
     two = made.applied(made.applied(subject=other, mask=1 - mask), mask=mask)
     assert not torch.equal(family.velocity(one), family.velocity(made.applied(mask=mask)))
@@ -283,3 +285,8 @@ def test_settings_that_cannot_act_are_refused(case: Callable[..., Case]) -> None
     narrow = replace(made.subject, high=made.subject.high[..., :3])
     with pytest.raises(ValueError, match="high_encoder whose features are 3 wide"):
         made.applied(subject=narrow)
+    swapped = replace(made.subject, encoders=made.subject.encoders[::-1])
+    with pytest.raises(
+        ValueError, match="low_encoder that is the high one, the adapter was traine"
+    ):
+        made.applied(subject=swapped)

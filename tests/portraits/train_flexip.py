@@ -1,6 +1,6 @@
 """Train the FlexIP adapter that ships with the demo, on portraits, with the pack's own trainer.
 
-    python tests/portraits/train_flexip.py [--steps N] [--output FILE] [--data FILE]
+    python tests/portraits/train_flexip.py [--steps 4500] [--output FILE] [--data FILE]
 
 A variant pair is the same identity at another place with other attributes; an invariant pair is one
 portrait twice. Captions of invariant pairs leave out phrases more often than not: what a caption
@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument(
         "--single", action="store_true", help="train without a gate, as an IP-Adapter"
     )
@@ -164,9 +164,9 @@ def main() -> None:
     # The sub-quadratic attention that ComfyUI chooses on a CPU is slow to differentiate.
     lab = Lab("sd3", ["--use-pytorch-cross-attention"])
     host = f"{lab.host.pack.__name__}.nodes.host"
-    training, files, layouts = (
+    training, files, layouts, subjects = (
         importlib.import_module(f"{host}.{name}")
-        for name in ("flexip_training", "adapter_files", "layouts")
+        for name in ("flexip_training", "adapter_files", "layouts", "subjects")
     )
     torch.manual_seed(0)
     data = options.data or options.output.with_suffix(".data.safetensors")
@@ -201,7 +201,8 @@ def main() -> None:
     trainer.run()
     blocks = layouts.blocks_of(lab.model)
     recipe = {"trained_on": "procedural portraits", "steps": str(options.steps)}
-    content = files.content(trainer.result, blocks, "SD3", settings.mode, recipe)
+    encoders = tuple(subjects.described(_encoder(name)) for name in ("low", "high"))
+    content = files.content(trainer.result, blocks, "SD3", settings.mode, recipe, encoders)
     save_file(content[0], options.output, content[1])
     print(f"{options.output.stat().st_size} bytes")
 

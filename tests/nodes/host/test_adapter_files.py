@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from host import subjects
+from host.comfyui import PACK
 from host.tapping import FAMILIES, Family, few
 
 TinyModel = Callable[[str], Any]
@@ -60,7 +62,17 @@ def test_a_saved_adapter_acts_as_before(
         for adapter in (made, loaded)
     )
     assert torch.equal(before, after)
-    assert str(subjects.LOW) in loaded.about
+    assert loaded.encoders == subjects.ENCODERS
+    assert all(text in loaded.about for text in (str(subjects.LOW), *subjects.ENCODERS))
+
+
+def test_the_help_page_names_every_tensor_and_every_entry(saved: Path) -> None:
+    page = (PACK / "web" / "docs" / "PinpointLoadFlexIP.md").read_text("utf-8")
+    told = set(re.findall(r"\w+", page))
+    for key in load_file(saved):
+        parts = {part for part in key.split(".") if not part.isdecimal()}
+        assert {part for part in parts if not part.startswith("joint_")} <= told, key
+    assert metadata_of(saved).keys() <= told
 
 
 def test_what_is_not_there_is_said(files: ModuleType) -> None:

@@ -47,7 +47,7 @@ def pairs_of(encoders: Any, pack: ModuleType, tmp_path: Path) -> Callable[..., A
             store = host.flexip_pairs.Store(tmp_path / "cache", encoders)
             collection = host.flexip_folders.found(root)
             pairs = host.flexip_pairs.FolderPairs(collection, store, side, *args)
-            pairs.encode()
+            pairs.encode(lambda _text: None)
         return pairs
 
     return made
@@ -386,9 +386,12 @@ def test_shares_of_several_processes_make_the_whole(
     host = pack.nodes.host
     store = host.flexip_pairs.Store(tmp_path / "shared", encoders)
     pairs = host.flexip_pairs.FolderPairs(host.flexip_folders.found(root), store, SIDE)
+    said: list[str] = []
     for part in range(3):
-        pairs.encode(part, 3)
+        pairs.encode(said.append, part, 3)
     assert len(drawn(pairs, 30)) == 30
+    count = len(pairs.collection.pictures)
+    assert len([text for text in said if text.startswith("encoding ")]) == 2 * count
 
 
 def test_a_damaged_file_is_named(root: Path, pairs_of: Any) -> None:

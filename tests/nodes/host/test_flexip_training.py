@@ -40,6 +40,7 @@ def make(tiny_model: TinyModel, pack: ModuleType) -> Make:
         pairs: int = 2,
         save_every: int = 500,
         accelerator: Any = None,
+        resume: bool = True,
         **changed: Any,
     ) -> Any:
         model, training = tiny_model(family.model), pack.nodes.host.flexip_training
@@ -47,7 +48,7 @@ def make(tiny_model: TinyModel, pack: ModuleType) -> Make:
         settings = kinds.TrainingSettings(**{**QUICK, **changed})
         source = RandomPairs(kinds.Pair, family, pairs)
         return training.Trainer(
-            model, network, source, settings, state, save_every, watch, accelerator
+            model, network, source, settings, state, save_every, watch, accelerator, resume=resume
         )
 
     return trainer
@@ -208,6 +209,20 @@ def test_interruption_keeps_the_state_and_the_next_training_runs(
     assert later.progress.step == 4
 
 
+def test_a_new_training_that_fails_at_once_keeps_the_old_state(make: Make, tmp_path: Path) -> None:
+    state = tmp_path / "a.state.safetensors"
+    make(steps=2, state=state).run()
+    anew = make(steps=2, state=state, resume=False)
+
+    def fail(*_: Any) -> float:
+        raise MemoryError
+
+    anew._backward = fail
+    with pytest.raises(MemoryError):
+        anew.run()
+    assert make(steps=2, state=state).progress.step == 2
+
+
 @pytest.mark.parametrize("where", ["loss", "gradients"])
 def test_a_loss_that_is_no_number_keeps_what_was_good(
     make: Make,
@@ -288,6 +303,22 @@ def test_gamma_is_of_the_range_of_the_kind(make: Make) -> None:
         assert len(gammas) > 10
         assert all(low <= gamma <= high for gamma in gammas)
         assert max(gammas) - min(gammas) > 0.1
+
+
+def test_noise_levels_are_of_the_chosen_part(make: Make) -> None:
+    trainer = make(steps=4, batch=8, levels=(0.5, 0.75), **NEVER)
+    seen: list[float] = []
+    true = trainer.denoised
+
+    def watched(network: Any, pairs: Any, gamma: Tensor, x: Tensor, sigma: Tensor) -> Any:
+        seen.extend(sigma.tolist())
+        return true(network, pairs, gamma, x, sigma)
+
+    trainer.denoised = watched
+    trainer.run()
+    least, most = trainer._sigmas(torch.tensor([0.5, 0.75]), "uniform").tolist()
+    assert least <= min(seen) < max(seen) <= most
+    assert max(seen) - min(seen) > 0.7 * (most - least)
 
 
 class Together:
