@@ -104,8 +104,10 @@ class FlexIPGate(io.ComfyNode):
                     optional=True,
                     tooltip="From Curve Editor: gamma from noise to picture, in place of shape.",
                 ),
-                io.Custom("FLOATS").Input(
+                # Some packs give lists of numbers as FLOATS, others as FLOAT.
+                io.MultiType.Input(
                     "floats",
+                    types=[io.Custom("FLOATS"), io.Float],
                     optional=True,
                     tooltip="A list of numbers from another node, in place of values and shape.",
                 ),

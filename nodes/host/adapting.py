@@ -181,8 +181,19 @@ class _Injection:
         return self._strengths[alike]
 
     def _read(self, attention: Attention, gains: tuple[float, float]) -> Tensor:
-        """(B, picture's tokens, width): each conditioning's rows look at its own tokens."""
+        """(B, picture's tokens, width): each conditioning's rows look at its own tokens.
+
+        Raises:
+            ValueError: rows that belong to no conditioning.
+        """
         call, read = attention.call, []
+        if len(attention.q) != call.latent[0]:
+            raise ValueError(
+                f"another node, such as one for attention couple, gives {attention.place.block} "
+                f"{len(attention.q)} rows for {call.latent[0]} latents, and adapter "
+                f"{self.adapter.name} cannot know whose they are: use Conditioning (Set Mask) or "
+                "(Set Area) for prompts of regions, or blocks without that node"
+            )
         q = attention.q[:, :, attention.place.image]
         for position in range(len(call.branches)):
             rows = slice(position * call.rows, (position + 1) * call.rows)

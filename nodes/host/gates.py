@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ def schedule(
         drawn = curve.to_lut(curve_points).tolist()
         return Schedule("list", values=_gammas(drawn, "curve"))
     if floats is not None:
-        listed = floats if isinstance(floats, Sequence) else [floats]
+        listed = floats if isinstance(floats, Iterable) else [floats]
         return Schedule("list", values=_gammas(listed, "floats"))
     if shape == "list":
         return Schedule("list", values=_gammas(_read(values), "values"))
@@ -100,10 +100,11 @@ def _read(values: str) -> list[float]:
         ) from None
 
 
-def _gammas(values: Sequence[float], name: str) -> tuple[float, ...]:
-    if not values:
+def _gammas(values: Iterable[Any], name: str) -> tuple[float, ...]:
+    gammas = tuple(map(float, values))
+    if not gammas:
         raise ValueError(f"{name} is empty: give at least one number from 0 to 1")
-    for value in values:
-        if not (math.isfinite(value) and 0 <= value <= 1):
-            raise ValueError(f"{name} holds {value:g}: gamma is a number from 0 to 1")
-    return tuple(float(value) for value in values)
+    for gamma in gammas:
+        if not (math.isfinite(gamma) and 0 <= gamma <= 1):
+            raise ValueError(f"{name} holds {gamma:g}: gamma is a number from 0 to 1")
+    return gammas

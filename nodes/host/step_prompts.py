@@ -116,10 +116,23 @@ def prompt_of(call: ModelCall, position: int) -> StepPrompt:
 
 
 def mask_of(mask: Tensor, call: ModelCall, position: int) -> Tensor:
-    """The part of a mask (B, H, W) of the whole picture that one branch of a call is about."""
+    """The part of a mask (B, H, W) of the whole picture that one branch of a call is about.
+
+    Raises:
+        ValueError: another node shows the model parts of the latent, and nobody says which.
+    """
     prompts: StepPrompts | None = call.options.get(prompts_key)
     area = prompt_of(call, position).area
-    if prompts is None or area is None:
+    if prompts is None:
+        return mask
+    if area is None:
+        (height, width), (rows, columns) = call.latent[-2:], prompts.size
+        if (height, width) != (rows, columns):
+            raise ValueError(
+                f"mask is of the whole latent of {columns}x{rows} cells, but another node shows "
+                f"the model tiles of {width}x{height}, and where they lie cannot be known: "
+                "disconnect the mask, or sample without tiles"
+            )
         return mask
     half = len(area) // 2
     (height, width), (top, left) = area[half - 2 : half], area[-2:]

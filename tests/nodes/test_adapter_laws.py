@@ -60,6 +60,61 @@ def test_other_packs_act_before_and_after(
         assert (found - family.velocity(alone)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("changed", foreign.PROMPTS.values(), ids=foreign.PROMPTS)
+def test_what_belongs_to_a_prompt_acts_beside_it(
+    apply: Callable[..., Any],
+    tiny_model: TinyModel,
+    changed: Callable[[stock.Conditioning], stock.Conditioning],
+) -> None:
+    family = FAMILIES["SD3"]
+    model, latent = tiny_model(family.model), torch.randn(1, 16, 8, 8)
+
+    def velocity(model: Any, prompt: stock.Conditioning) -> Tensor:
+        return stock.velocity(model, prompt, family.prompt(2), 2.0, latent, 0.6)
+
+    adapted, prompt = apply(model, family), family.prompt(1)
+    both = velocity(adapted, changed(prompt))
+    assert torch.equal(velocity(apply(model, family), changed(prompt)), both)
+    for alone in (velocity(adapted, prompt), velocity(model, changed(prompt))):
+        assert (both - alone).abs().max() > 1e-3
+
+
+def test_attention_of_other_rows_is_refused(
+    apply: Callable[..., Any], tiny_model: TinyModel
+) -> None:
+    """As packs for attention couple make them."""
+    family = FAMILIES["SD1.5"]
+    model = apply(tiny_model(family.model), family)
+    model.set_model_attn2_patch(
+        lambda n, k, v, _options: tuple(t.repeat(2, 1, 1) for t in (n, k, v))
+    )
+    model.set_model_attn2_output_patch(lambda n, _options: n[: len(n) // 2])
+    with pytest.raises(ValueError, match="attention couple, gives input 1 8 rows for 4 latents"):
+        family.velocity(model)
+
+
+def test_a_mask_of_tiles_is_refused(apply: Callable[..., Any], tiny_model: TinyModel) -> None:
+    family = FAMILIES["SD1.5"]
+    plain, latent = tiny_model(family.model).clone(), torch.randn(1, 4, 8, 16)
+
+    def tiled(apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
+        tiles = args["input"].chunk(2, -1)
+        return torch.cat([apply_model(tile, args["timestep"], **args["c"]) for tile in tiles], -1)
+
+    plain.set_model_unet_function_wrapper(tiled)
+
+    def velocity(**settings: Any) -> Tensor:
+        return stock.velocity(
+            apply(plain, family, **settings), family.prompt(1), None, 1.0, latent, 0.6
+        )
+
+    assert velocity().isfinite().all()
+    with pytest.raises(
+        ValueError, match="latent of 16x8 cells, but another node shows the model t"
+    ):
+        velocity(mask=torch.ones(1, 8, 16))
+
+
 @two_families
 def test_two_adapters_add_up(
     apply: Callable[..., Any], tiny_model: TinyModel, family: Family
