@@ -156,7 +156,7 @@ class _File:
 
 
 def _load(role: str, file_name: str) -> _File:
-    tensors, _ = tensor_files.read(tensor_files.path_of(folder, file_name))
+    tensors, _ = tensor_files.read(tensor_files.path_of(folder, file_name, role))
     content = _Content(role, file_name, {key: tuple(t.shape) for key, t in tensors.items()})
     content.require_known()
     projection = _projection(content)
@@ -214,10 +214,9 @@ class _Content:
         numbers = self._numbers()
         if self._has(*_of_transformers) or any(int(number) % 2 == 0 for number in numbers):
             raise self.refusal("an IP-Adapter for a transformer such as Flux or SD3")
-        # Plain FaceID files differ from full-face ones in where their norm is.
-        if self._has(*_of_face_id) or self._has("image_proj.proj.0.") > self._has(
-            "image_proj.proj.3."
-        ):
+        # Projections of both kinds begin alike; full-face ones have a norm at the end.
+        begins, ends = (self._has(f"image_proj.proj.{place}.") for place in (0, 3))
+        if self._has(*_of_face_id) or (begins and not ends):
             raise self.refusal("a FaceID adapter, which reads faces with InsightFace, not CLIP")
         for key in self.shapes:
             if not _key.fullmatch(key):

@@ -31,8 +31,11 @@ def names(kind: str) -> list[str]:
     return [name for name in folder_paths.get_filename_list(kind) if name.endswith(suffix)]
 
 
-def path_of(kind: str, file_name: str) -> Path:
+def path_of(kind: str, file_name: str, input_name: str = "file_name") -> Path:
     """A file in one of ComfyUI's folders of a kind.
+
+    Args:
+        input_name: that it was chosen for.
 
     Raises:
         ValueError: it is not there.
@@ -40,8 +43,8 @@ def path_of(kind: str, file_name: str) -> Path:
     path = folder_paths.get_full_path(kind, file_name)
     if path is None:
         raise ValueError(
-            f"file_name is {file_name}, which is not in models/{kind}: choose another, or put it "
-            "there"
+            f"{input_name} is {file_name}, which is not in models/{kind}: choose another, or put "
+            "it there"
         )
     return Path(path)
 

@@ -41,7 +41,7 @@ def test_public_files_by_their_keys_and_shapes(
     """Sizes of gigabytes are not written, but read as they would come from a file."""
     shapes = ip_adapters.public_shapes(name)
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    monkeypatch.setattr(files.tensor_files, "path_of", lambda _, file: Path(file))
+    monkeypatch.setattr(files.tensor_files, "path_of", lambda _kind, file, _input: Path(file))
     monkeypatch.setattr(files.tensor_files, "read", lambda _: (tensors, {}))
     adapter = files.load(f"{name}.safetensors", f"{name}.safetensors")
     family, kind, image_width = ip_adapters.PUBLIC[name]
@@ -267,7 +267,9 @@ def test_files_for_different_models_are_refused(
 
 def test_a_file_that_is_gone_is_refused(files: ModuleType, folder: Path) -> None:
     assert not list(folder.iterdir())
-    with pytest.raises(ValueError, match=r"is gone\.safetensors, which is not in models/ipadapter"):
+    with pytest.raises(
+        ValueError, match=r"preservation is gone\.safetensors, which is not in models"
+    ):
         files.load("gone.safetensors", "gone.safetensors")
 
 
