@@ -50,8 +50,8 @@ class Encoders:
     @torch.no_grad()
     def seen(self, image: Tensor, mask: Tensor | None) -> _Tensors:
         """A reference: patch features (P, W) and embedding (C,)."""
-        subject, _ = subjects.encoded(image, self.low, self.high, mask)
-        return {"low": subject.low[0], "high": subject.high[0]}
+        low, high = subjects.features(image, self.low, self.high, mask)
+        return {"low": low[0], "high": high[0]}
 
     @torch.no_grad()
     def latent(self, image: Tensor, side: int) -> Tensor:

@@ -128,9 +128,32 @@ def encoded(
     Raises:
         ValueError: an input that cannot be used, see `_require_pictures` and `_require_mask`.
     """
-    framing = framing or Framing()
-    low = _encoder(low_encoder, "low_encoder")
-    high = low if high_encoder is None else _encoder(high_encoder, "high_encoder")
+    low, high = _encoders(low_encoder, high_encoder)
+    *gathered, pictures = _features(image, low, high, mask, framing or Framing())
+    if combine == "average":
+        gathered = [tensor.mean(0, keepdim=True) for tensor in gathered]
+    # To the encoder, its mean colour is zero: so IP-Adapter Plus was trained without a picture.
+    side = high.model.image_size
+    blank = torch.tensor(high.color).expand(side, side, 3)
+    gathered.append(_whole(high, high.see(blank))[1].float())
+    seen_by = described(low.model), described(high.model)
+    return Subject(*map(_unbound, gathered), encoders=seen_by), pictures
+
+
+@torch.no_grad()
+def features(
+    image: Tensor, low_encoder: ClipVisionModel, high_encoder: ClipVisionModel, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`Subject.low` and `Subject.high` of references; see `encoded`."""
+    encoders = _encoders(low_encoder, high_encoder)
+    patches, whole, *_ = _features(image, *encoders, mask, Framing())
+    return _unbound(patches), _unbound(whole)
+
+
+def _features(
+    image: Tensor, low: _Encoder, high: _Encoder, mask: Tensor | None, framing: Framing
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Subject`'s low, high and hidden, and what the low-level encoder reads; see `encoded`."""
     _require_pictures(image)
     if mask is not None:
         mask = mask.reshape(-1, *mask.shape[-2:]).float()
@@ -146,15 +169,8 @@ def encoded(
         if high.model is not low.model:
             seen_high = high.see(_square(image[index], chosen, framing, high))
         parts.append((low.patches(seen_low), *_whole(high, seen_high)))
-    gathered = [torch.cat(tensors).float() for tensors in zip(*parts, strict=True)]
-    if combine == "average":
-        gathered = [tensor.mean(0, keepdim=True) for tensor in gathered]
-    # To the encoder, its mean colour is zero: so IP-Adapter Plus was trained without a picture.
-    side = high.model.image_size
-    blank = torch.tensor(high.color).expand(side, side, 3)
-    gathered.append(_whole(high, high.see(blank))[1].float())
-    seen_by = described(low.model), described(high.model)
-    return Subject(*map(_unbound, gathered), encoders=seen_by), torch.cat(pictures)
+    patches, wholes, states = (torch.cat(tensors).float() for tensors in zip(*parts, strict=True))
+    return patches, wholes, states, torch.cat(pictures)
 
 
 def described(encoder: ClipVisionModel) -> str:
@@ -165,6 +181,13 @@ def described(encoder: ClipVisionModel) -> str:
         f"{encoder.model_type} {config.get('hidden_size')} wide, of {encoder.image_size} pixels in "
         f"patches of {patch}"
     )
+
+
+def _encoders(
+    low: ClipVisionModel | None, high: ClipVisionModel | None
+) -> tuple[_Encoder, _Encoder]:
+    checked = _encoder(low, "low_encoder")
+    return checked, checked if high is None else _encoder(high, "high_encoder")
 
 
 def _encoder(model: ClipVisionModel | None, input_name: str) -> _Encoder:
@@ -236,7 +259,8 @@ def _square(picture: Tensor, mask: Tensor | None, framing: Framing, encoder: _En
             f"image shows the subject in {len(shown)}x{len(shown)} pixels, less than a patch of "
             f"{patch} of {encoder.input_name}: use a larger picture or mask"
         )
-    return shown
+    # Equal pictures that lie otherwise in memory are rounded otherwise.
+    return shown.contiguous()
 
 
 def _whole(encoder: _Encoder, output: Any) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ def high(host: Host) -> Any:  # noqa: ARG001
 
 @pytest.fixture(scope="module")
 def portraits() -> Tensor:
-    return pictures(people("tests", 0, 3)).movedim(1, -1).float() / 255
+    # As LoadImage gives them.
+    return (pictures(people("tests", 0, 3)).movedim(1, -1).float() / 255).contiguous()
 
 
 def load(name: str) -> Any:
