@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import matplotlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,12 +38,16 @@ from portraits.dataset import people, pictures, smallest_change, views
 from portraits.judging import fitted_identities, nearest_values, visible
 from portraits.people import Portrait, attributes, caption, identity_ranges
 
+matplotlib.use("agg")
+from matplotlib import pyplot
+
 gammas = (0.0, 0.25, 0.5, 0.75, 1.0)
-prompts_each, steps, guidance = 4, 20, 2.0
+prompts_each, steps, guidance = 4, 12, 2.0
 judged_size, fitting_steps = 64, 40
 # Where a person is in the picture is no part of who it is; half of the people have no mole.
 judged_identity = [n for n in identity_ranges if not n.startswith(("center", "mole"))]
-columns = ["method", "gamma", "preservation", "personalization", "seconds"]
+figures = ("preservation", "personalization")
+columns = ["method", "gamma", *figures, "seconds"]
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ def verdict(rows: list[Row]) -> str:
     for name, curve in curves.items():
         if len(curve) < len(gammas):
             continue
-        for figure, sign in (("preservation", 1), ("personalization", -1)):
+        for figure, sign in zip(figures, (1, -1), strict=True):
             values = [sign * row[figure] for row in curve]
             rises = [b - a for a, b in pairwise(values)]
             largest = max(abs(rise) for rise in rises) / statistics.mean(abs(r) for r in rises)
@@ -231,6 +236,27 @@ def _place(point: Row, curve: list[Row]) -> str:
         if x0 <= x <= x1:
             wanted = y0 + (y1 - y0) * (x - x0) / max(1e-9, x1 - x0)
     return "above" if y > wanted else "below"
+
+
+def draw(rows: list[Row], target: Path) -> None:
+    """Both figures over the dial, and one against the other."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4))
+    for name in methods:
+        curve = [row for row in rows if row["method"] == name]
+        points = {f: [row[f] for row in curve] for f in ("gamma", *figures)}
+        style = {"marker": "o", "label": name}
+        if len(curve) > 1:
+            for axis, over in zip(axes, figures, strict=False):
+                axis.plot(points["gamma"], points[over], **style)
+        axes[2].plot(points[figures[0]], points[figures[1]], **style)
+    for axis, over in zip(axes, figures, strict=False):
+        axis.set_xlabel("gamma, or the single adapter's weight")
+        axis.set_ylabel(f"{over}, %")
+    axes[2].set_xlabel(f"{figures[0]}, %")
+    axes[2].set_ylabel(f"{figures[1]}, %")
+    axes[2].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
 
 
 def overhead(studio: Studio) -> str:
@@ -271,6 +297,8 @@ def main() -> None:
     options = given.parse_args()
     studio = Studio(Lab("sd3"), single=options.single)
     rows = run(studio, options)
+    if options.json:
+        draw(rows, options.json.with_suffix(".png"))
     report(rows, columns, options.json, f"{notes}\n\n{verdict(rows)}\n\n{overhead(studio)}")
 
 
