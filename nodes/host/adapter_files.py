@@ -25,12 +25,12 @@ from .adapters import (
     patcher,
 )
 from .layouts import Block
+from .subjects import EncoderKind, EncoderKinds
 
 folder = "flexip"
 state_suffix = f".state{tensor_files.suffix}"
 """Of what the training of an adapter goes on from."""
 _format, _version = "pinpoint_flexip", 1
-_encoders = ("low_encoder", "high_encoder")
 _largest_size, _deepest, _most_blocks = 2**16, 64, 1024
 
 
@@ -73,7 +73,7 @@ def load_file(path: Path) -> Adapter:
         )
     sizes, blocks = _sizes(metadata, file_name)
     network = tensor_files.filled(lambda operations: FlexIP(sizes, operations), tensors, file_name)
-    mode = _mode(metadata, file_name)
+    mode, encoders = _mode(metadata, file_name), _encoders(metadata, file_name)
     return Adapter(
         name=file_name.removesuffix(tensor_files.suffix),
         family=family,
@@ -83,8 +83,8 @@ def load_file(path: Path) -> Adapter:
         blocks={block: sizes.blocks[block_key(block)] for block in blocks},
         text_width=sizes.text_width,
         mode=mode,
-        about=_about(metadata, sizes, mode),
-        encoders=(metadata.get(_encoders[0], ""), metadata.get(_encoders[1], "")),
+        about=_about(metadata, sizes, mode, encoders),
+        encoders=encoders,
     )
 
 
@@ -94,13 +94,13 @@ def content(
     family: str,
     mode: Mode,
     recipe: Mapping[str, str],
-    encoders: tuple[str, str] = ("", ""),
+    encoders: EncoderKinds | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's tensors in fp16, and its metadata.
 
     Args:
         recipe: how it was trained.
-        encoders: with which, see `Adapter`.
+        encoders: with which image encoders.
     """
     tensors = {key: t.detach().to("cpu", torch.float16) for key, t in network.state_dict().items()}
     sizes = {key: value for key, value in asdict(network.sizes).items() if key != "blocks"}
@@ -114,7 +114,7 @@ def content(
         "sizes": json.dumps(sizes),
         "blocks": json.dumps(listed),
         "recipe": json.dumps(dict(recipe)),
-        **dict(zip(_encoders, encoders, strict=True)),
+        "encoders": json.dumps(encoders),
     }
     return tensors, metadata
 
@@ -159,6 +159,20 @@ def _mode(metadata: dict[str, str], file_name: str) -> Mode:
     )
 
 
+def _encoders(metadata: dict[str, str], file_name: str) -> EncoderKinds | None:
+    try:
+        listed = json.loads(metadata.get("encoders", "null"))
+        if listed is None:
+            return None
+        low, high = (EncoderKind(str(row[0]), *map(int, row[1:])) for row in listed)
+    except (TypeError, ValueError, LookupError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"file {file_name} is damaged: its image encoders cannot be read ({error}); download "
+            "or save it again"
+        ) from error
+    return low, high
+
+
 def _size(value: Any, name: str) -> int:
     largest = _deepest if name.endswith("depth") else _largest_size
     if not isinstance(value, int) or not 0 < value <= largest:
@@ -166,12 +180,15 @@ def _size(value: Any, name: str) -> int:
     return value
 
 
-def _about(metadata: dict[str, str], sizes: FlexIPSizes, mode: Mode) -> str:
+def _about(
+    metadata: dict[str, str], sizes: FlexIPSizes, mode: Mode, encoders: EncoderKinds | None
+) -> str:
     lines = [
         f"FlexIP adapter for {metadata.get('family')}, trained with the {mode} gate",
         f"reads image encoders {sizes.low_width} (low) and {sizes.high_width} (high) wide, text "
         f"{sizes.text_width} wide",
         f"{sizes.detail_tokens} detail and {sizes.global_tokens} global tokens for each reference",
-        *(f"{name}: {metadata[name]}" for name in _encoders if metadata.get(name)),
     ]
+    if encoders is not None:
+        lines += [f"low_encoder: {encoders[0]}", f"high_encoder: {encoders[1]}"]
     return "\n".join(lines)

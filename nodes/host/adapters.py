@@ -18,7 +18,7 @@ from ...kernels.flexip import FlexIP, Gated, Mode
 from ...kernels.ip_adapter import ImageProjection, IPAdapterBranch
 from . import families, layouts
 from .layouts import Block
-from .subjects import Subject
+from .subjects import EncoderKinds, Subject
 
 
 class Branch(Protocol):
@@ -52,7 +52,7 @@ class Adapter:
         text_width: of the prompts it reads, or None if it reads none.
         mode: how it was trained to be gated.
         about: what is known of it, a line each.
-        encoders: low-level and high-level, that it was trained with, as `subjects.described`.
+        encoders: that it was trained with; None if not known.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Adapter:
     text_width: int | None
     mode: Mode
     about: str
-    encoders: tuple[str, str] = ("", "")
+    encoders: EncoderKinds | None = None
 
     @property
     def branches(self) -> tuple[Branch, Branch]:
@@ -185,12 +185,17 @@ def require_fitting(model: ModelPatcher, adapter: Adapter, subject: Subject) -> 
             f"adapter {adapter.name} has attention for block {strange[0]} of width "
             f"{adapter.blocks[strange[0]]}, {has}: load the model that it was trained for"
         )
+    _require_same_encoders(adapter.encoders, subject.encoders)
     for branch in adapter.branches:
         branch.require_fitting(subject)
-    names = ("low_encoder", "high_encoder")
-    for name, wanted, seen_by in zip(names, adapter.encoders, subject.encoders, strict=True):
-        if wanted and seen_by and wanted != seen_by:
+
+
+def _require_same_encoders(wanted: EncoderKinds | None, found: EncoderKinds | None) -> None:
+    if wanted is None or found is None:
+        return
+    for name, own, other in zip(("low_encoder", "high_encoder"), wanted, found, strict=True):
+        if own != other:
             raise ValueError(
-                f"subject comes from a {name} that is {seen_by}, the adapter was trained with "
-                f"{wanted}: connect that one to Encode Subject"
+                f"subject comes from a {name} that is {other}, the adapter was trained with {own}: "
+                "connect that one to Encode Subject"
             )

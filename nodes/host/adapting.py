@@ -68,7 +68,7 @@ def applied(
     arguments.require_part(settings.start, settings.end)
     if settings.mask is not None:
         arguments.require_finite_mask(settings.mask)
-        settings = replace(settings, mask=settings.mask.reshape(-1, *settings.mask.shape[-2:]))
+        settings = replace(settings, mask=arguments.mask_batch(settings.mask))
         if not settings.mask.any():
             progress.warn(f"mask is empty, so {adapter.name} does nothing")
     chosen = layouts.chosen_blocks(model, settings.blocks)
@@ -189,10 +189,11 @@ class _Injection:
         call, read = attention.call, []
         if len(attention.q) != call.latent[0]:
             raise ValueError(
-                f"another node, such as one for attention couple, gives {attention.place.block} "
-                f"{len(attention.q)} rows for {call.latent[0]} latents, and adapter "
-                f"{self.adapter.name} cannot know whose they are: use Conditioning (Set Mask) or "
-                "(Set Area) for prompts of regions, or blocks without that node"
+                f"another node, such as one for attention couple, gives block "
+                f"{attention.place.block} {len(attention.q)} rows where there are "
+                f"{call.latent[0]} latents, and adapter {self.adapter.name} cannot know whose they "
+                "are: use Conditioning (Set Mask) or (Set Area) for prompts of regions, or blocks "
+                "without that node"
             )
         q = attention.q[:, :, attention.place.image]
         for position in range(len(call.branches)):

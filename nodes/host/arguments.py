@@ -147,6 +147,11 @@ def placed_mask(mask: Tensor, covered: Tensor, source: Tensor) -> Tensor:
     return placed
 
 
+def mask_batch(mask: Tensor) -> Tensor:
+    """A MASK as (B, H, W), which some nodes give without B, or with channels."""
+    return mask.reshape(-1, *mask.shape[-2:])
+
+
 def require_finite_mask(mask: Tensor) -> None:
     """Refuse a mask with NaN or infinity in it."""
     if not torch.isfinite(mask).all():
@@ -200,7 +205,7 @@ def compared(mask: Tensor | None = None, **images: Tensor | None) -> dict[str, T
             )
     if mask is not None:
         require_finite_mask(mask)
-        flat = mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1)
+        flat = mask_batch(mask).float().clamp(0, 1)
         found["mask"] = masks.resized(flat, height, width).to(found["source"])
     return dict(zip(found, same_batch(**found), strict=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,9 +44,9 @@ class Encoders:
     high: ClipVisionModel
 
     @property
-    def described(self) -> tuple[str, str]:
-        """The image encoders, see `subjects.described`."""
-        return subjects.described(self.low), subjects.described(self.high)
+    def kinds(self) -> subjects.EncoderKinds:
+        """Of the image encoders."""
+        return subjects.kind_of(self.low), subjects.kind_of(self.high)
 
     @torch.no_grad()
     def seen(self, image: Tensor, mask: Tensor | None) -> _Tensors:
@@ -97,17 +98,18 @@ class Store:
         """Make a file if it is not there."""
         path = self._path(name)
         if not path.exists():
-            tensor_files.write(path, _compact(make()), {})
+            # Processes of one training may need the same caption at once.
+            tensor_files.write(path, _compact(make()), {}, part=f"{os.getpid()}.part")
 
-    def read(self, name: str, rows: Mapping[str, int] | None = None) -> _Tensors:
-        """A file's tensors; of some only one row.
+    def read(self, name: str, only: Mapping[str, int | None] | None = None) -> _Tensors:
+        """A file's tensors; see `tensor_files.read`.
 
         Raises:
             ValueError: it is damaged.
         """
         path = self._path(name)
         try:
-            return tensor_files.read(path, rows)[0]
+            return tensor_files.read(path, only)[0]
         except ValueError as error:
             raise ValueError(
                 f"{error}: delete {path.parent}, and its pictures are encoded again"
@@ -215,9 +217,7 @@ class FolderPairs:
 
     def _pair(self, reference: Picture, target: Picture, view: int) -> Pair:
         seen = self.store.read(self._names[reference], {"low": view, "high": view})
-        goal = seen
-        if target != reference:
-            goal = self.store.read(self._names[target], {"low": 0, "high": 0})
+        goal = self.store.read(self._names[target], {"latent": None})
         text = self._text(self._captions[target])
         return Pair(
             low=seen["low"],

@@ -24,6 +24,7 @@ from . import (
 from .flexip_pairs import Encoders, FolderPairs, Store
 from .flexip_settings import TrainingSettings
 from .flexip_training import Trainer, new_network
+from .subjects import EncoderKinds
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Watcher(Protocol):
     """Who is told how it goes."""
 
     def tell(self, text: str) -> None:
-        """About once a second."""
+        """About once a second while it trains, for every picture before that."""
 
     def show(self, step: int, steps: int, pictures: Tensor) -> None:
         """Validation pictures, (3, H, W, 3)."""
@@ -129,8 +130,7 @@ def train(
             max(50, min(1000, plan.settings.steps // 10)),
             watch,
             accelerator,
-            # Encoded pictures of each set of encoders have a folder of their own.
-            origin=f"{root.name} with encoders {pairs.store.folder.name}",
+            origin=f"{root.name} as {' and '.join(map(str, encoders.kinds))} see them",
             resume=resume,
         )
         before = trainer.progress.step
@@ -138,14 +138,16 @@ def train(
             trainer.run()
         # ComfyUI's interruption is no Exception.
         except BaseException:
-            if trainer.is_main and state.exists():
+            # A training that begins anew has not touched an older state before its first step.
+            is_own = resume or trainer.progress.step > before
+            if trainer.is_main and is_own and state.exists():
                 log.warning(
                     f"Pinpoint: training stopped after step {trainer.progress.step} of "
                     f"{plan.settings.steps}; with resume it goes on from {state}"
                 )
             raise
         if trainer.is_main:
-            _save(trainer, plan, path, encoders.described)
+            _save(trainer, plan, path, encoders.kinds)
     made = (
         f"{path.stem} trained in {time.perf_counter() - started:.0f} s, steps {before} to "
         f"{trainer.progress.step}, from {pairs.collection}"
@@ -215,7 +217,7 @@ class _Watch:
             self.watcher.show(step, steps, self.pictures)
 
 
-def _save(trainer: Trainer, plan: Plan, path: Path, encoders: tuple[str, str]) -> None:
+def _save(trainer: Trainer, plan: Plan, path: Path, encoders: EncoderKinds) -> None:
     settings, model = plan.settings, trainer.model
     recipe = {key: str(value) for key, value in asdict(settings).items()}
     of_pairs = ("resolution", "augmentation", "invariant_share")

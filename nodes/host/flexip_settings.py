@@ -71,7 +71,7 @@ class TrainingSettings:
         mode: how the gate acts.
         average: decay of the exponential average of the weights, which is what is saved.
         weighting: which noise levels are drawn.
-        levels: the part of the model's schedule that they are drawn from, 0 = picture, 1 = noise.
+        levels: quantiles of that weighting between which they are drawn, 0 = picture, 1 = noise.
         precision: in which the model computes; None = as it comes.
         saves_memory: whether blocks are computed twice instead of kept.
         seed: of all that is drawn.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +82,9 @@ def schedule(
         drawn = curve.to_lut(curve_points).tolist()
         return Schedule("list", values=_gammas(drawn, "curve"))
     if floats is not None:
-        listed = floats if isinstance(floats, Iterable) else [floats]
-        return Schedule("list", values=_gammas(listed, "floats"))
+        # A tensor without dimensions is one number, and a text is none.
+        is_one = isinstance(floats, float | int | str) or getattr(floats, "ndim", None) == 0
+        return Schedule("list", values=_gammas([floats] if is_one else floats, "floats"))
     if shape == "list":
         return Schedule("list", values=_gammas(_read(values), "values"))
     return Schedule(shape, first, last)
@@ -100,8 +100,13 @@ def _read(values: str) -> list[float]:
         ) from None
 
 
-def _gammas(values: Iterable[Any], name: str) -> tuple[float, ...]:
-    gammas = tuple(map(float, values))
+def _gammas(values: Any, name: str) -> tuple[float, ...]:
+    try:
+        gammas = tuple(map(float, values))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is {values!r}, which is no list of numbers: connect numbers from 0 to 1"
+        ) from None
     if not gammas:
         raise ValueError(f"{name} is empty: give at least one number from 0 to 1")
     for gamma in gammas:

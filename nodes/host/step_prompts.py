@@ -125,16 +125,16 @@ def mask_of(mask: Tensor, call: ModelCall, position: int) -> Tensor:
     area = prompt_of(call, position).area
     if prompts is None:
         return mask
-    if area is None:
-        (height, width), (rows, columns) = call.latent[-2:], prompts.size
-        if (height, width) != (rows, columns):
-            raise ValueError(
-                f"mask is of the whole latent of {columns}x{rows} cells, but another node shows "
-                f"the model tiles of {width}x{height}, and where they lie cannot be known: "
-                "disconnect the mask, or sample without tiles"
-            )
-        return mask
-    half = len(area) // 2
-    (height, width), (top, left) = area[half - 2 : half], area[-2:]
-    whole = masks.resized(mask, *prompts.size)
-    return whole[:, top : top + height, left : left + width]
+    part, size = mask, prompts.size
+    if area is not None:
+        half = len(area) // 2
+        (height, width), (top, left) = area[half - 2 : half], area[-2:]
+        part = masks.resized(mask, *size)[:, top : top + height, left : left + width]
+        size = part.shape[-2], part.shape[-1]
+    if call.latent[-2:] != size:
+        raise ValueError(
+            f"mask is of a latent or a prompt's area of {size[1]}x{size[0]} cells, but another "
+            f"node shows the model tiles of {call.latent[-1]}x{call.latent[-2]}, and where they "
+            "lie cannot be known: disconnect the mask, or sample without tiles"
+        )
+    return part

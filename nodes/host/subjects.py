@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.clip_model
 import torch
@@ -23,6 +23,25 @@ _usual_patch, _usual_size = 14, 224
 """Of encoders whose configuration does not tell."""
 
 
+class EncoderKind(NamedTuple):
+    """What an image encoder is by its sizes; several trainings of one kind cannot be told apart."""
+
+    model_type: str
+    hidden_size: int
+    image_size: int
+    patch_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model_type} {self.hidden_size} wide, of {self.image_size} pixels in patches of "
+            f"{self.patch_size}"
+        )
+
+
+EncoderKinds = tuple[EncoderKind, EncoderKind]
+"""Of the low-level and of the high-level one."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A subject as image encoders see it; R reference pictures.
@@ -32,14 +51,14 @@ class Subject:
         high: (R, C), the high-level encoder's embedding of the whole picture.
         hidden: (R, T, H), the high-level encoder's penultimate hidden states, class token first.
         blank: (1, T, H), the same of a picture of the encoder's mean colour.
-        encoders: the low-level and the high-level one, as `described`; "" if not known.
+        encoders: that saw it; None if not known.
     """
 
     low: Tensor
     high: Tensor
     hidden: Tensor
     blank: Tensor
-    encoders: tuple[str, str] = ("", "")
+    encoders: EncoderKinds | None = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +155,8 @@ def encoded(
     side = high.model.image_size
     blank = torch.tensor(high.color).expand(side, side, 3)
     gathered.append(_whole(high, high.see(blank))[1].float())
-    seen_by = described(low.model), described(high.model)
-    return Subject(*map(_unbound, gathered), encoders=seen_by), pictures
+    kinds = kind_of(low.model), kind_of(high.model)
+    return Subject(*map(_unbound, gathered), encoders=kinds), pictures
 
 
 @torch.no_grad()
@@ -156,7 +175,7 @@ def _features(
     """`Subject`'s low, high and hidden, and what the low-level encoder reads; see `encoded`."""
     _require_pictures(image)
     if mask is not None:
-        mask = mask.reshape(-1, *mask.shape[-2:]).float()
+        mask = arguments.mask_batch(mask).float()
         _require_mask(mask, image)
     # One at a time: crops differ in size, and a reference must not depend on its batch.
     parts, pictures = [], []
@@ -173,14 +192,11 @@ def _features(
     return patches, wholes, states, torch.cat(pictures)
 
 
-def described(encoder: ClipVisionModel) -> str:
-    """An encoder in words, by which an adapter that was trained with it tells it from others."""
+def kind_of(encoder: ClipVisionModel) -> EncoderKind:
+    """What adapters remember of an encoder that they were trained with."""
     config = encoder.config
     patch = config.get("patch_size", _usual_patch)
-    return (
-        f"{encoder.model_type} {config.get('hidden_size')} wide, of {encoder.image_size} pixels in "
-        f"patches of {patch}"
-    )
+    return EncoderKind(encoder.model_type, config["hidden_size"], encoder.image_size, patch)
 
 
 def _encoders(

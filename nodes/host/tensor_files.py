@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,53 +76,57 @@ def fingerprint(path: Path) -> str:
     return f"{state.st_mtime_ns} {state.st_size}"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], *, part: str = "part"
+) -> None:
     """Write a safetensors file; what was there stays until the new one is whole.
+
+    Args:
+        part: ending of the file that is not yet whole; of their own for several writers at once.
 
     Raises:
         ValueError: it cannot be written.
     """
-    # Several processes may write the same file at once, as those of one training do.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished = path.with_name(f"{path.name}.{part}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The format's own files can be read by nobody else, whatever is usual here.
-        part.touch()
-        usual = part.stat().st_mode
+        unfinished.touch()
+        usual = unfinished.stat().st_mode
         # Wires carry tensors that share memory, which the format does not allow.
-        save_file({name: t.clone().contiguous() for name, t in tensors.items()}, part, metadata)
-        part.chmod(usual)
-        part.replace(path)
+        whole = {name: t.clone().contiguous() for name, t in tensors.items()}
+        save_file(whole, unfinished, metadata)
+        unfinished.chmod(usual)
+        unfinished.replace(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be written ({error}): free space on the disk, or check who may write "
             "there"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def read(
-    path: Path, rows: Mapping[str, int] | None = None
+    path: Path, only: Mapping[str, int | None] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
     Args:
-        rows: of these tensors only one row is read.
+        only: the tensors that are read, all if not given; a number means this row alone.
 
     Raises:
         ValueError: it is damaged, no safetensors file, or holds values that are not finite.
     """
     try:
         with torch.inference_mode(False), safe_open(path, framework="pt") as file:
+            wanted = dict.fromkeys(file.keys()) if only is None else only
             tensors = {
-                key: file.get_slice(key)[rows[key]]
-                if rows and key in rows
-                else file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118
+                key: file.get_tensor(key) if row is None else file.get_slice(key)[row]
+                for key, row in wanted.items()
             }
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, IndexError, SafetensorError) as error:
         raise ValueError(
             f"file {path.name} cannot be read ({error}): it is damaged or no safetensors file; "
             "download or save it again"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from . import tiny_encoders
-from .tapping import Family
+from .tapping import FAMILIES, Family
 
 LOW, HIGH = 24, 40
 """Widths of random features."""
 SIZES = dict(
     width=64, detail_tokens=3, global_tokens=2, detail_depth=1, global_depth=1, text_depth=1
 )
+
+QUICK: dict[str, Any] = dict(steps=4, batch=2, rate=1e-2, warm_up=0, weight_decay=0.0)
+NEVER: dict[str, Any] = dict(drop_subject=0.0, drop_text=0.0, drop_both=0.0)
+"""Settings of trainings."""
+Make = Callable[..., Any]
+"""Makes a trainer with changed settings."""
 
 
 @dataclass
@@ -54,6 +62,44 @@ class RandomPairs:
     def _text(self, seed: int, tokens: int) -> tuple[Tensor, Tensor]:
         ((text, entries),) = self.family.prompt(seed, tokens=tokens)
         return text[0], entries["pooled_output"][0]
+
+
+def maker(pack: ModuleType, tiny_model: Callable[[str], Any]) -> Make:
+    """What makes trainers of adapters for a family's tiny model."""
+    kinds, training = pack.nodes.host.flexip_settings, pack.nodes.host.flexip_training
+
+    def trainer(
+        family: Family = FAMILIES["SD3"],
+        state: Path | None = None,
+        watch: Any = None,
+        network: Any = None,
+        pairs: int = 2,
+        save_every: int = 500,
+        accelerator: Any = None,
+        resume: bool = True,
+        **changed: Any,
+    ) -> Any:
+        model = tiny_model(family.model)
+        network = network or training.new_network(model, LOW, HIGH, family.text_width, **SIZES)
+        settings = kinds.TrainingSettings(**{**QUICK, **changed})
+        source = RandomPairs(kinds.Pair, family, pairs)
+        return training.Trainer(
+            model, network, source, settings, state, save_every, watch, accelerator, resume=resume
+        )
+
+    return trainer
+
+
+def weights(trainer: Any) -> dict[str, Tensor]:
+    """What a trainer's adapter has learned so far."""
+    return {key: t.detach().clone() for key, t in trainer.network.state_dict().items()}
+
+
+def require_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Two adapters' weights are the same to the last bit."""
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, theirs[key]), key
 
 
 def encoder(kind: str, width: int = 64) -> Any:

@@ -105,6 +105,8 @@ def start(base: Path, cpu: bool | None = None, more: Sequence[str] = ()) -> Host
         _host = _start(base.absolute(), cpu, more)
     elif _host.base != base.absolute():
         raise RuntimeError(f"ComfyUI already runs in this process on {_host.base}, not on {base}")
+    elif more:
+        raise RuntimeError(f"ComfyUI already runs in this process, without {' '.join(more)}")
     return _host
 
 

@@ -15,8 +15,8 @@ from .tapping import Family
 
 LOW, HIGH, HIDDEN = 24, 20, 28
 """Widths of what the image encoders give."""
-ENCODERS = "the low one", "the high one"
-"""What they are, as adapters and subjects say it."""
+ENCODERS = ("dinov2", LOW, 42, 14), ("clip_vision_model", HIGH, 28, 14)
+"""What they are, as `EncoderKind`s."""
 SIZES = dict(
     width=32, head_width=16, detail_tokens=5, global_tokens=3, detail_depth=2, text_depth=1
 )
@@ -42,8 +42,14 @@ def subject(
         high=drawn(references, high),
         hidden=drawn(references, *hidden),
         blank=drawn(1, *hidden),
-        encoders=ENCODERS,
+        encoders=kinds(pack),
     )
+
+
+def kinds(pack: ModuleType) -> tuple[Any, Any]:
+    """The image encoders that adapters and subjects here claim to be of."""
+    low, high = (pack.nodes.host.subjects.EncoderKind(*sizes) for sizes in ENCODERS)
+    return low, high
 
 
 def adapter(pack: ModuleType, model: Any, family: Family, **changes: Any) -> Any:
@@ -69,7 +75,7 @@ def adapter(pack: ModuleType, model: Any, family: Family, **changes: Any) -> Any
         text_width=family.text_width,
         mode="literal",
         about="",
-        encoders=ENCODERS,
+        encoders=kinds(pack),
     )
     return replace(made, **changes)
 

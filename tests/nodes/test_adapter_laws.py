@@ -89,7 +89,7 @@ def test_attention_of_other_rows_is_refused(
         lambda n, k, v, _options: tuple(t.repeat(2, 1, 1) for t in (n, k, v))
     )
     model.set_model_attn2_output_patch(lambda n, _options: n[: len(n) // 2])
-    with pytest.raises(ValueError, match="attention couple, gives input 1 8 rows for 4 latents"):
+    with pytest.raises(ValueError, match="gives block input 1 8 rows where there are 4 latents"):
         family.velocity(model)
 
 
@@ -110,7 +110,7 @@ def test_a_mask_of_tiles_is_refused(apply: Callable[..., Any], tiny_model: TinyM
 
     assert velocity().isfinite().all()
     with pytest.raises(
-        ValueError, match="latent of 16x8 cells, but another node shows the model t"
+        ValueError, match="16x8 cells, but another node shows the model tiles of 8x8"
     ):
         velocity(mask=torch.ones(1, 8, 16))
 

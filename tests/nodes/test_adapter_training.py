@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -117,6 +118,19 @@ def test_file_is_loaded_and_applied(
     prompt = stock.conditioning(1)
     with_it, without = (stock.velocity(m, prompt, None, 1.0, x, 0.5) for m in (applied, model))
     assert (with_it - without).abs().max() > 1e-3
+    assert adapter.encoders == subject.encoders
+    swapped = dict(zip(encoders, reversed(encoders.values()), strict=True))
+    subject = stock.call("PinpointEncodeSubject", image=image, **swapped, **framing)[0]
+    with pytest.raises(ValueError, match="a low_encoder that is clip_vision_model 64 wide, of "):
+        stock.call("PinpointApplyFlexIP", model=model, adapter=adapter, subject=subject, **widgets)
+
+
+def test_a_training_goes_on_with_the_same_encoders_only(trained: Trained, models: Path) -> None:
+    trained()
+    shutil.rmtree(models.parent / "input" / "people" / "encoded")
+    assert "steps 4 to 6" in trained(steps=6)[3]
+    with pytest.raises(ValueError, match="with pictures people as dinov2 64 wide, of 28 pixels in"):
+        trained(steps=8, low_encoder=flexips.encoder("dinov2", 128))
 
 
 def test_trains_the_same_again_and_touches_no_other_randomness(trained: Trained) -> None:
@@ -178,6 +192,25 @@ def graph_of(parts: dict[str, Any], **changed: Any) -> NodeGraph:
     given = {name: graph.give(value) for name, value in parts.items()}
     graph.keep(graph.add("PinpointTrainFlexIP", **given, **{**SETTINGS, **changed}))
     return graph
+
+
+def test_what_failed_goes_on_from_its_own_state_only(
+    trained: Trained,
+    pack: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any) -> float:
+        raise MemoryError
+
+    trained()
+    monkeypatch.setattr(pack.nodes.host.flexip_training.Trainer, "_backward", fail)
+    for resume in (False, True):
+        caplog.clear()
+        with pytest.raises(MemoryError), caplog.at_level(logging.WARNING):
+            trained(steps=6, resume=resume)
+        assert ("stopped after step 4 of 6; with resume it goes on" in caplog.text) == resume
+        assert ("it goes on from" in caplog.text) == resume
 
 
 def test_interruption_keeps_the_state_and_the_next_prompt_goes_on(
@@ -246,7 +279,10 @@ def test_other_pictures_are_another_training(models: Path, host: Host) -> None:
         ({"folder": "nobody"}, "folder .*nobody has no pictures in invariant"),
         ({"file_name": "../people"}, r"file_name is '\.\./people': write a name such as"),
         ({"file_name": ""}, "file_name is '': write a name such as"),
-        ({"file_name": "ann.state"}, "file_name is 'ann.state', and names with that ending are of"),
+        (
+            {"file_name": "ann.state"},
+            r"file_name is 'ann\.state': names that end with \.state are of",
+        ),
         ({"gamma_variant_low": 0.9}, "gamma_variant_low is 0.9 and gamma_variant_high 0.6: swap"),
         ({"drop_text": 0.99}, "drop_subject, drop_text and drop_both add up to 1.09: lower them"),
         ({"width": 100}, "width is 100: choose a multiple of 64"),

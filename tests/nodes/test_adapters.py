@@ -287,6 +287,6 @@ def test_settings_that_cannot_act_are_refused(case: Callable[..., Case]) -> None
         made.applied(subject=narrow)
     swapped = replace(made.subject, encoders=made.subject.encoders[::-1])
     with pytest.raises(
-        ValueError, match="low_encoder that is the high one, the adapter was traine"
+        ValueError, match="low_encoder that is clip_vision_model 20 wide, of 28 pixels"
     ):
         made.applied(subject=swapped)

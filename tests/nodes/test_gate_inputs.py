@@ -42,8 +42,12 @@ def test_floats_of_another_node_replace_the_shape(floats: Any) -> None:
     assert over(gate(floats=floats), 0, 0.25, 0.5, 1) == pytest.approx([0.9, 0.5, 0.1, 0.5])
 
 
-def test_one_number_stays(host: Host) -> None:
-    assert over(gate(floats=0.4), 0, 1) == [0.4, 0.4]
+@pytest.mark.parametrize("number", [0.4, torch.tensor(0.4)])
+def test_one_number_stays(number: Any) -> None:
+    assert over(gate(floats=number), 0, 1) == pytest.approx([0.4, 0.4])
+
+
+def test_lists_come_under_two_names(host: Host) -> None:
     (floats,) = (
         i for i in host.nodes["PinpointFlexIPGate"].GET_SCHEMA().inputs if i.id == "floats"
     )
@@ -76,6 +80,9 @@ def test_a_gate_for_some_blocks_extends_another(pack: ModuleType) -> None:
         (dict(shape="list", values="0.1, 1.5"), "values holds 1.5: gamma is a number from 0 to 1"),
         (dict(floats=[]), "floats is empty: give at least one number from 0 to 1"),
         (dict(floats=[0.1, float("nan")]), "floats holds nan: gamma is a number from 0 to 1"),
+        (dict(floats=[None]), r"floats is \[None\], which is no list of numbers: connect numbers"),
+        (dict(floats=[[0.1], [0.2, 0.3]]), "which is no list of numbers"),
+        (dict(floats="much"), r"floats is \['much'\], which is no list of numbers"),
         (dict(floats=-0.5), "floats holds -0.5: gamma is a number from 0 to 1"),
         (dict(floats=0.5, curve=object()), "curve and floats are both connected: disconnect one"),
     ],

@@ -133,6 +133,12 @@ def test_nothing_sticks_to_inputs(low: Any, high: Any, portraits: Tensor) -> Non
     assert torch.equal(mask, oval())
 
 
+def test_how_a_picture_lies_in_memory_changes_nothing(low: Any, portraits: Tensor) -> None:
+    strided = portraits.movedim(-1, 1).contiguous().movedim(1, -1)
+    assert not strided.is_contiguous()
+    require_same(encode(strided, low)[0], encode(portraits, low)[0])
+
+
 # Colours and shapes
 
 

@@ -1,6 +1,6 @@
-"""Train the FlexIP adapter that ships with the demo, on portraits, with the pack's own trainer.
+"""Train the FlexIP adapter that ships with the demo, on portraits: taught, then trained.
 
-    python tests/portraits/train_flexip.py [--steps 4500] [--output FILE] [--data FILE]
+    python tests/portraits/train_flexip.py [--single] [--steps N] [--output FILE] [--data FILE]
 
 A variant pair is the same identity at another place with other attributes; an invariant pair is one
 portrait twice. Captions of invariant pairs leave out phrases more often than not: what a caption
@@ -8,13 +8,16 @@ does not say has to come from the reference. An interrupted run goes on from its
 
 First the tokens are taught who is in a reference, by the labels that the drawer knows. That takes
 minutes where the model's own error would take hours to bring it about: at this scale most of that
-error is where a face is in the picture and what its noise was, and little is whose face it is.
+error is where a face is in the picture and what its noise was, and little is whose face it is. Then
+the pack's own trainer trains all of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import os
 import random
 import sys
 from pathlib import Path
@@ -24,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,8 +66,14 @@ class PortraitPairs:
         people_of = [views(person, rng, pictures_each) for person in people("train", 5, identities)]
         self.portraits = [person for persons in people_of for person in persons]
         self.lab, self.make = lab, make
-        self.features = load_file(cache) if cache.exists() else _features(lab, self.portraits)
-        save_file(self.features, cache)
+        if not cache.exists():
+            part = cache.with_suffix(f".{os.getpid()}.part")
+            save_file(_features(lab, self.portraits), part, {"made_of": _made_of()})
+            part.replace(cache)
+        with safe_open(cache, framework="pt") as file:
+            if file.metadata() != {"made_of": _made_of()}:
+                raise ValueError(f"{cache} is of other people or encoders: delete it")
+        self.features = load_file(cache)
         self.empty = self._text("")
 
     def drawn(self, chance: random.Random) -> Any:
@@ -83,6 +93,13 @@ class PortraitPairs:
         tokens = torch.tensor([self.lab.tokens(text)])
         context = FORMATS["sd3"].context(tokens)
         return F.pad(context, (0, 4096 - text_width))[0], torch.zeros(2048)
+
+
+def _made_of() -> str:
+    """What the drawn pairs depend on."""
+    files = (image_encoders.ENCODERS[name].file for name in ("low", "high"))
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+    return f"{identities} people, {pictures_each} pictures each, encoders {' '.join(digests)}"
 
 
 def teach(network: Any, pairs: PortraitPairs, heads: nn.ModuleList) -> None:
@@ -200,8 +217,12 @@ def main() -> None:
     trainer = training.Trainer(lab.model, network, pairs, settings, state, watch=watch)
     trainer.run()
     blocks = layouts.blocks_of(lab.model)
-    recipe = {"trained_on": "procedural portraits", "steps": str(options.steps)}
-    encoders = tuple(subjects.described(_encoder(name)) for name in ("low", "high"))
+    recipe = {
+        "trained_on": f"procedural portraits, {_made_of()}",
+        "taught": f"{teaching_steps} steps on labels",
+        **{name: str(getattr(settings, name)) for name in ("steps", "batch", "rate", "levels")},
+    }
+    encoders = tuple(subjects.kind_of(_encoder(name)) for name in ("low", "high"))
     content = files.content(trainer.result, blocks, "SD3", settings.mode, recipe, encoders)
     save_file(content[0], options.output, content[1])
     print(f"{options.output.stat().st_size} bytes")

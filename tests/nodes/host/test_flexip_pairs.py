@@ -390,8 +390,7 @@ def test_shares_of_several_processes_make_the_whole(
     for part in range(3):
         pairs.encode(said.append, part, 3)
     assert len(drawn(pairs, 30)) == 30
-    count = len(pairs.collection.pictures)
-    assert len([text for text in said if text.startswith("encoding ")]) == 2 * count
+    assert sum(text.startswith("encoding ") for text in said) == 2 * len(pairs.collection.pictures)
 
 
 def test_a_damaged_file_is_named(root: Path, pairs_of: Any) -> None:
