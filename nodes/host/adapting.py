@@ -68,9 +68,9 @@ def applied(
     arguments.require_part(settings.start, settings.end)
     if settings.mask is not None:
         arguments.require_finite_mask(settings.mask)
-        settings = replace(settings, mask=arguments.mask_batch(settings.mask))
         if not settings.mask.any():
             progress.warn(f"mask is empty, so {adapter.name} does nothing")
+        settings = replace(settings, mask=arguments.mask_batch(settings.mask))
     chosen = layouts.chosen_blocks(model, settings.blocks)
     schedules = {
         block: schedule

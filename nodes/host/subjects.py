@@ -155,8 +155,8 @@ def encoded(
     side = high.model.image_size
     blank = torch.tensor(high.color).expand(side, side, 3)
     gathered.append(_whole(high, high.see(blank))[1].float())
-    kinds = kind_of(low.model), kind_of(high.model)
-    return Subject(*map(_unbound, gathered), encoders=kinds), pictures
+    kept = dict(zip(("low", "high", "hidden", "blank"), map(_unbound, gathered), strict=True))
+    return Subject(**kept, encoders=(kind_of(low.model), kind_of(high.model))), pictures
 
 
 @torch.no_grad()

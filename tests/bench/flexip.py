@@ -316,8 +316,8 @@ def main() -> None:
 
 notes = (
     "Means over people and prompts, from noise. preservation: 100 minus the mean error of the "
-    "identity's 12 parameters of the face as fitted to the picture, in percent of their ranges; the "
-    "fit takes the prompt's attributes for granted, so it is worse where they did not come. "
+    "identity's 12 parameters of the face as fitted to the picture, in percent of their ranges; "
+    "the fit takes the prompt's attributes for granted, so it is worse where they did not come. "
     "personalization: percent of the visible attributes that are as prompted. The dial is gamma; "
     "for the single adapter (an IP-Adapter of detail and global tokens, trained alike) its weight. "
     "The linear gate is put to the weights that were trained with the literal one. Of all adapters "

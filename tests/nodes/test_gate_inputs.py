@@ -48,9 +48,8 @@ def test_one_number_stays(number: Any) -> None:
 
 
 def test_lists_come_under_two_names(host: Host) -> None:
-    (floats,) = (
-        i for i in host.nodes["PinpointFlexIPGate"].GET_SCHEMA().inputs if i.id == "floats"
-    )
+    node: Any = host.nodes["PinpointFlexIPGate"]
+    (floats,) = (i for i in node.GET_SCHEMA().inputs if i.id == "floats")
     assert floats.get_io_type() == "FLOATS,FLOAT"
 
 
