@@ -248,8 +248,7 @@ def test_progress_and_validation_are_shown(
 
     texts: list[str] = []
     previews: list[Any] = []
-    for module in (pack.nodes.host.progress, pack.nodes.host.flexip_pairs):
-        monkeypatch.setattr(module, "show", texts.append)
+    monkeypatch.setattr(pack.nodes.host.progress, "show", texts.append)
 
     def bar(_value: int, _total: int, preview: Any, **_kwargs: Any) -> None:
         previews.append(preview)
