@@ -249,10 +249,10 @@ def _place(point: Row, curve: list[Row]) -> str:
 def draw(rows: list[Row], target: Path) -> None:
     """Both figures over the dial, and one against the other."""
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4))
-    for name in methods:
+    for number, name in enumerate(methods):
         curve = [row for row in rows if row["method"] == name]
         points = {f: [row[f] for row in curve] for f in ("gamma", *figures)}
-        style = {"marker": "o", "label": name}
+        style: dict[str, Any] = {"marker": "o", "label": name, "color": f"C{number}"}
         if len(curve) > 1:
             for axis, over in zip(axes, figures, strict=False):
                 axis.plot(points["gamma"], points[over], **style)
