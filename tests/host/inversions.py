@@ -138,13 +138,13 @@ def edit_guider(
     negative: stock.Conditioning | None = None,
     source_guidance: float = 1.0,
     target_guidance: float = 1.0,
+    **widgets: Any,
 ) -> Any:
     """A GUIDER from the Source/Target Guider node."""
     prompts = {"source": source, "target": target, "negative": negative}
     guidances = dict(source_guidance=source_guidance, target_guidance=target_guidance)
-    return stock.call(
-        "PinpointSourceTargetGuider", model=model, **prompts, **guidances, guidance_mode="auto"
-    )[0]
+    widgets = {"guidance_mode": "auto", **guidances, **widgets}
+    return stock.call("PinpointSourceTargetGuider", model=model, **prompts, **widgets)[0]
 
 
 def sample(

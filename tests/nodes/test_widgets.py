@@ -215,7 +215,9 @@ def graph_of(host: Host, class_type: str, things: dict[str, Any]) -> NodeGraph:
             inputs[name] = {**QUICK, **TEXTS}.get(name, default)
         # Which takes the place of another input.
         elif kind != "CURVE":
-            inputs[name] = graph.give(things[kind if kind in things else name])
+            # An input may take several types.
+            first = kind.split(",")[0]
+            inputs[name] = graph.give(things[first if first in things else name])
     node = graph.add(class_type, **inputs)
     if class_type in ("PinpointEditSampler", "PinpointFlowSolver", "PinpointStructureSampler"):
         _sample_with(graph, things, sampler=node)
