@@ -194,6 +194,18 @@ def as_option(widget: Any) -> dict[str, Any]:
     return {**common, "type": type(widget.default)}
 
 
+def image_encoder(pack: ModuleType, file_name: str, option: str) -> Any:
+    """The image encoder that an option names.
+
+    Raises:
+        ValueError: a file that cannot be used.
+    """
+    try:
+        return pack.nodes.host.image_encoders.load(file_name)
+    except ValueError as error:
+        raise ValueError(f"--{option}: {error}") from error
+
+
 def train(pack: ModuleType, options: argparse.Namespace, accelerator: Any) -> None:
     """Load everything, train, save and report.
 
@@ -205,10 +217,8 @@ def train(pack: ModuleType, options: argparse.Namespace, accelerator: Any) -> No
     pack.nodes.host.lessons.require_parts(clip, vae)
     values = {widget.id: getattr(options, widget.id) for widget in widgets_of(pack)}
     pack.nodes.host.arguments.require_valid(node.TrainFlexIP, values)
-    load = pack.nodes.host.image_encoders.load
-    encoders = pack.nodes.host.flexip_pairs.Encoders(
-        model, clip, vae, load(options.low), load(options.high)
-    )
+    low, high = (image_encoder(pack, getattr(options, name), name) for name in ("low", "high"))
+    encoders = pack.nodes.host.flexip_pairs.Encoders(model, clip, vae, low, high)
     is_main = accelerator is None or accelerator.is_main_process
     log = Log(options.log or default_log(options.output)) if is_main else Silence()
     outcome = runs.train(

@@ -138,7 +138,7 @@ def place_of(file_name: str) -> Path:
         ValueError: a name that leads out of models/flexip, or is that of a training's state.
     """
     name = file_name.strip().removesuffix(tensor_files.suffix)
-    if name.endswith(".state"):
+    if f"{name}{tensor_files.suffix}".endswith(adapter_files.state_suffix):
         raise ValueError(
             f"file_name is '{file_name}': names that end with .state are of trainings to go on "
             "from, write another"

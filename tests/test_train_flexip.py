@@ -180,3 +180,12 @@ def test_a_model_has_to_be_named(script: ModuleType, host: Host, pack: ModuleTyp
     )
     with pytest.raises(ValueError, match="neither --checkpoint nor --unet is given"):
         script.loaded(options)
+
+
+def test_an_encoder_that_is_not_there_is_told_by_its_option(
+    script: ModuleType,
+    host: Host,  # noqa: ARG001
+    pack: ModuleType,
+) -> None:
+    with pytest.raises(ValueError, match=r"^--low: file_name is none\.safetensors, which is not"):
+        script.image_encoder(pack, "none.safetensors", "low")

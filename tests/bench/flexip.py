@@ -113,7 +113,9 @@ class Studio:
         settings = self.adapting.Settings(weight, self.gates.constant(gamma), method.mode)
         return self.adapting.applied(self.lab.model, self.adapters[method.file], subject, settings)
 
-    def pictures(self, model: Any, texts: list[str], seed: int) -> tuple[Tensor, float]:
+    def pictures(
+        self, model: Any, texts: list[str], seed: int, steps: int = steps
+    ) -> tuple[Tensor, float]:
         """(B, 3, 128, 128) from noise, and the seconds that the sampling took."""
         prompts = {"positive": self.lab.prompts(texts), "negative": self.lab.prompts([""])}
         started = time.perf_counter()
@@ -268,29 +270,43 @@ def draw(rows: list[Row], target: Path) -> None:
 
 
 def overhead(studio: Studio) -> str:
-    """What the adapter adds to a sampling run, measured in turn with runs without it."""
+    """What the adapter adds to sampling, measured in turn with runs without it."""
     person, *asked = views(people("held-out", 2, 1)[0], random.Random(0), 1 + prompts_each)
     subject = studio.subject(person)
-    texts = [caption(p) for p in asked]
-    times: dict[str, list[float]] = {"plain": [], "adapted": []}
+    texts, lengths, times = [caption(p) for p in asked], (steps, 2 * steps), 15
     models = {
         "plain": studio.lab.model,
         "adapted": studio.model(methods["FlexIP, literal gate"], subject, 0.5),
     }
-    for _ in range(9):
+    taken: dict[tuple[str, int], list[float]] = {}
+    for _ in range(times):
         for name, model in models.items():
-            times[name].append(studio.pictures(model, texts, 0)[1])
-    plain, adapted = (statistics.median(times[name]) for name in models)
+            for length in lengths:
+                seconds = studio.pictures(model, texts, 0, length)[1]
+                taken.setdefault((name, length), []).append(seconds)
+    short, long = (
+        {name: statistics.median(taken[name, length]) for name in models} for length in lengths
+    )
+    step = {name: (long[name] - short[name]) / steps for name in models}
+    once = short["adapted"] - short["plain"] - steps * (step["adapted"] - step["plain"])
+    return (
+        f"Overhead: {100 * (step['adapted'] / step['plain'] - 1):.1f} % of a step, which is what "
+        f"{lengths[1]} steps take more than {lengths[0]}, and {1000 * once:.0f} ms once for each "
+        f"run; of runs of {lengths[0]} steps {100 * (short['adapted'] / short['plain'] - 1):.1f} % "
+        f"in all (the sampling alone, {len(texts)} pictures with guidance, medians of {times}). "
+        + memory(studio)
+    )
+
+
+def memory(studio: Studio) -> str:
+    """What the adapter takes of it."""
     network = studio.adapters["flexip"].patcher.model
-    size = sum(p.nbytes for p in network.parameters())
-    sizes = network.sizes
+    size, sizes = sum(p.nbytes for p in network.parameters()), network.sizes
     tokens = sizes.detail_tokens + sizes.global_tokens + len(studio.lab.tokens(""))
     # Keys and values in fp32, in every block.
     kept = 2 * 4 * tokens * sum(sizes.blocks.values())
     return (
-        f"Overhead: {100 * (adapted / plain - 1):.1f} % of a step (the sampling alone, {steps} "
-        f"steps of {len(texts)} pictures with guidance, median of {len(times['plain'])}); the "
-        f"adapter's weights take {size / 1e6:.1f} MB, what is kept of a subject over the steps "
+        f"The adapter's weights take {size / 1e6:.1f} MB, what is kept of a subject over the steps "
         f"{kept / 1e6:.2f} MB for each prompt."
     )
 

@@ -3,8 +3,11 @@
     python tests/portraits/train_flexip.py [--single] [--steps N] [--output FILE] [--data FILE]
 
 A variant pair is the same identity at another place with other attributes; an invariant pair is one
-portrait twice. Captions of invariant pairs leave out phrases more often than not: what a caption
-does not say has to come from the reference. An interrupted run goes on from its state file.
+portrait twice, or the same identity at the same place with other attributes. Captions of portraits
+that are their own references leave out phrases more often than not: what a caption does not say has
+to come from the reference. The ranges of gamma overlap: where only equal pictures are shown at high
+gammas, parts of the reference come where the prompt asks for others. An interrupted run goes on
+from its state file.
 
 First the tokens are taught who is in a reference, by the labels that the drawer knows. That takes
 minutes where the model's own error would take hours to bring it about: at this scale most of that
@@ -20,8 +23,9 @@ import importlib
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -37,14 +41,45 @@ from portraits.dataset import people, pictures, views
 from portraits.formats import FORMATS
 from portraits.people import Portrait, caption, phrase_order
 from portraits.text_encoder import width as text_width
+from portraits.training import Trainer
 
 identities, pictures_each = 6000, 4
 teaching_steps, teaching_batch, teaching_rate = 2000, 32, 1.5e-3
 sizes = {"width": 128, "detail_depth": 2, "global_depth": 1, "text_depth": 2}
 identity_weight = 4.0
 """Of the identity's error in teaching; that of the attributes has 1."""
-partial_captions = {True: 0.6, False: 0.1}
-"""Share of captions that leave out phrases, for invariant pairs and for variant ones."""
+
+
+class Kind(NamedTuple):
+    """Of pairs.
+
+    Attributes:
+        share: of all pairs.
+        partial: share of its captions that leave out phrases.
+        invariant: whether gamma is drawn from the range of invariant pairs.
+        flips: what the reference's number may differ by from the target's, bit by bit.
+    """
+
+    share: float
+    partial: float
+    invariant: bool
+    flips: tuple[int, ...]
+
+
+kinds = (
+    Kind(0.40, 0.6, True, (0,)),
+    # At the same place with other attributes, and at another place.
+    Kind(0.20, 0.1, True, (1,)),
+    Kind(0.40, 0.1, False, (2, 3)),
+)
+
+
+def in_twos(portraits: list[Portrait]) -> list[Portrait]:
+    """One person's portraits, of which the first two are at one place, the next two, and so on."""
+    return [
+        replace(portrait, identity=portraits[number - number % 2].identity)
+        for number, portrait in enumerate(portraits)
+    ]
 
 
 def caption_of(person: Portrait, partial: float, rng: random.Random) -> str:
@@ -63,8 +98,11 @@ class PortraitPairs:
 
     def __init__(self, lab: Lab, make: Any, cache: Path):
         rng = random.Random(0)
-        people_of = [views(person, rng, pictures_each) for person in people("train", 5, identities)]
-        self.portraits = [person for persons in people_of for person in persons]
+        self.portraits = [
+            portrait
+            for person in people("train", 5, identities)
+            for portrait in in_twos(views(person, rng, pictures_each))
+        ]
         self.lab, self.make = lab, make
         if not cache.exists():
             part = cache.with_suffix(f".{os.getpid()}.part")
@@ -78,15 +116,14 @@ class PortraitPairs:
 
     def drawn(self, chance: random.Random) -> Any:
         """A pair."""
-        first = chance.randrange(identities) * pictures_each
-        invariant = chance.random() < 0.5
-        target, other = chance.sample(range(first, first + pictures_each), 2)
-        reference = target if invariant else other
-        text, pooled = self._text(
-            caption_of(self.portraits[target], partial_captions[invariant], chance)
-        )
+        kind = chance.choices(kinds, [kind.share for kind in kinds])[0]
+        person = chance.randrange(identities) * pictures_each
+        number = chance.randrange(pictures_each)
+        target, reference = person + number, person + (number ^ chance.choice(kind.flips))
+        text, pooled = self._text(caption_of(self.portraits[target], kind.partial, chance))
         low, high = (self.features[name][reference] for name in ("low", "high"))
-        return self.make(low, high, self.features["latents"][target], text, pooled, invariant)
+        latent = self.features["latents"][target]
+        return self.make(low, high, latent, text, pooled, kind.invariant)
 
     def _text(self, text: str) -> tuple[Tensor, Tensor]:
         # What `Lab.prompts` gives, for one prompt of which nothing is compared.
@@ -102,39 +139,25 @@ def _made_of() -> str:
     return f"{identities} people, {pictures_each} pictures each, encoders {' '.join(digests)}"
 
 
-def teach(network: Any, pairs: PortraitPairs, heads: nn.ModuleList) -> None:
+def teach(network: Any, pairs: PortraitPairs, state: Path) -> None:
     """Teach an adapter's preservation tokens who is in a reference and what the caption would say.
 
-    Args:
-        network: the adapter.
-        pairs: what it sees, and who that is.
-        heads: linear maps to the labels, from each token and from all together; thrown away later.
+    Linear maps read the labels from each token and from all together; they are thrown away.
     """
-    parts = (network.low, network.high, network.detail, network.overall, heads)
-    learned = [network.queries, *(p for part in parts for p in part.parameters())]
-    optimizer = torch.optim.AdamW(learned, lr=teaching_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 100) * (1 - step / teaching_steps)
-    )
-    truth, recent = probes.labels(pairs.portraits), []
-    for step in range(1, teaching_steps + 1):
+    count = network.sizes.detail_tokens + network.sizes.global_tokens
+    each, whole = (nn.Linear(n * sizes["width"], probes.answers) for n in (1, count))
+    parts = (network.low, network.high, network.detail, network.overall, each, whole)
+    learned = nn.ModuleList(parts)
+    learned.register_parameter("queries", network.queries)
+    truth = probes.labels(pairs.portraits)
+    trainer = Trainer(learned, teaching_steps, teaching_rate, state)
+    for _ in trainer.run():
         picked = torch.randint(len(pairs.portraits), (teaching_batch,))
         low, high = (pairs.features[name][picked].float() for name in ("low", "high"))
-        tokens = network.preservation(low, high)
-        each, whole = heads[0](tokens), heads[1](tokens.flatten(1))
-        labels = truth.of(picked)
-        loss = probes.error(whole, labels, identity_weight)
-        loss = loss + probes.error(
-            each.flatten(0, 1), labels.repeated(tokens.shape[1]), identity_weight
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        schedule.step()
-        recent.append(float(loss.detach()))
-        if step % 500 == 0:
-            print(f"teaching {step}/{teaching_steps}  {sum(recent[-500:]) / 500:.3f}", flush=True)
+        tokens, labels = network.preservation(low, high), truth.of(picked)
+        loss = probes.error(whole(tokens.flatten(1)), labels, identity_weight)
+        answers = each(tokens).flatten(0, 1)
+        trainer.descend(loss + probes.error(answers, labels.repeated(count), identity_weight))
 
 
 def _features(lab: Lab, portraits: list[Portrait]) -> dict[str, Tensor]:
@@ -192,9 +215,7 @@ def main() -> None:
     network = training.new_network(lab.model, low, high, 4096, **sizes)
     state = options.output.with_suffix(".state.safetensors")
     if not state.exists():
-        tokens = sizes["width"] * (network.sizes.detail_tokens + network.sizes.global_tokens)
-        widths = (sizes["width"], tokens)
-        teach(network, pairs, nn.ModuleList(nn.Linear(w, probes.answers) for w in widths))
+        teach(network, pairs, options.output.with_suffix(".taught.safetensors"))
     settings = training.TrainingSettings(
         options.steps,
         batch=16,
@@ -204,8 +225,8 @@ def main() -> None:
         # Where there is less noise, the noisy picture shows the face better than a reference.
         levels=(0.25, 1.0),
         # With gamma 1 in linear mode, there is no personalization.
-        gamma_invariant=(1.0, 1.0) if options.single else (0.6, 1.0),
-        gamma_variant=(1.0, 1.0) if options.single else (0.2, 0.6),
+        gamma_invariant=(1.0, 1.0) if options.single else (0.2, 1.0),
+        gamma_variant=(1.0, 1.0) if options.single else (0.0, 0.8),
         mode="linear" if options.single else "literal",
     )
 
