@@ -53,11 +53,15 @@ columns = ["method", "gamma", *figures]
 
 @dataclass(frozen=True)
 class Method:
-    """A row: an adapter's file (None for no adapter), and how the dial turns it."""
+    """A row: an adapter's file (None for no adapter), and how the dial turns it.
+
+    The weight is that of rows whose dial is gamma.
+    """
 
     file: str | None
     mode: str
     dial: str
+    weight: float = 1.0
 
 
 methods = {
@@ -66,6 +70,10 @@ methods = {
     "FlexIP, literal gate": Method("flexip", "literal", "gamma"),
     "FlexIP, linear gate": Method("flexip", "linear", "gamma"),
 }
+
+
+Findings = dict[tuple[str, float], list[Row]]
+"""By method and place of the dial: a row for each person."""
 
 
 class Studio:
@@ -109,7 +117,7 @@ class Studio:
         """The model with an adapter at one place of its dial."""
         if method.file is None:
             return self.lab.model
-        weight, gamma = (dial, 1.0) if method.dial == "weight" else (1.0, dial)
+        weight, gamma = (dial, 1.0) if method.dial == "weight" else (method.weight, dial)
         settings = self.adapting.Settings(weight, self.gates.constant(gamma), method.mode)
         return self.adapting.applied(self.lab.model, self.adapters[method.file], subject, settings)
 
@@ -196,10 +204,10 @@ def measured(studio: Studio, case: Case, name: str, dial: float) -> Row:
     return scores(case, images)
 
 
-def run(studio: Studio, options: argparse.Namespace) -> list[Row]:
-    """The mean of each row over all people; what the cache holds is not made again."""
+def run(studio: Studio, options: argparse.Namespace) -> Findings:
+    """Each row of all people; what the cache holds is not made again."""
     kept = Kept(options.cache)
-    found: dict[tuple[str, float], list[Row]] = {}
+    found: Findings = {}
     cases = [Case(*each) for each in enumerate(people("held-out", options.seed, options.count))]
     for case in reversed(cases) if options.backwards else cases:
         for name, method in methods.items():
@@ -207,34 +215,53 @@ def run(studio: Studio, options: argparse.Namespace) -> list[Row]:
                 key = f"{options.seed} {case.number} {name} {dial} {studio.digest(method)}"
                 row = kept.row(key, measured, studio, case, name, dial)
                 found.setdefault((name, dial), []).append(row)
+    return found
+
+
+def means(found: Findings) -> list[Row]:
+    """The mean of each row over all people."""
     return [{"gamma": dial, **mean_row(name, rows)} for (name, dial), rows in found.items()]
 
 
-def verdict(rows: list[Row]) -> str:
+def verdict(found: Findings) -> str:
     """What the curves do: monotony, largest jump, and the frontier against the single adapter's."""
-    lines = []
-    curves = {name: [row for row in rows if row["method"] == name] for name in methods}
-    for name, curve in curves.items():
-        if len(curve) < len(gammas):
-            continue
-        for figure, sign in zip(figures, (1, -1), strict=True):
-            values = [sign * row[figure] for row in curve]
-            rises = [b - a for a, b in pairwise(values)]
-            largest = max(abs(rise) for rise in rises) / statistics.mean(abs(r) for r in rises)
+    lines = [
+        f"{name}: {_course(found, name, figure, sign)}"
+        for name, method in methods.items()
+        if method.file
+        for figure, sign in zip(figures, (1, -1), strict=True)
+    ]
+    rows = means(found)
+    single = [row for row in rows if row["method"] == "single adapter, weight"]
+    for name, method in methods.items():
+        if method.dial == "gamma" and method.file:
+            places = Counter(_place(point, single) for point in rows if point["method"] == name)
             lines.append(
-                f"{name}: {figure}'s rank correlation with the dial is "
-                f"{sign * _rank_correlation(values):.2f}, its largest jump {largest:.1f} times the "
-                "mean step."
+                f"{name}: of {len(gammas)} points {places['above']} lie above the single adapter's "
+                f"curve, {places['beyond']} preserve more than it ever does, {places['below']} lie "
+                "below."
             )
-    single = curves["single adapter, weight"]
-    for name in ("FlexIP, literal gate", "FlexIP, linear gate"):
-        places = Counter(_place(point, single) for point in curves[name])
-        lines.append(
-            f"{name}: of {len(gammas)} points {places['above']} lie above the single adapter's "
-            f"curve, {places['beyond']} preserve more than it ever does, {places['below']} lie "
-            "below."
-        )
     return "\n".join(lines)
+
+
+def _course(found: Findings, name: str, figure: str, sign: int) -> str:
+    """How a figure goes with the dial, up or down by its sign; steps are of the same people."""
+    columns = [[sign * row[figure] for row in found[name, dial]] for dial in gammas]
+    correlation = sign * _rank_correlation([statistics.mean(column) for column in columns])
+    steps, backwards, certain = [], 0, 0
+    for before, after in pairwise(columns):
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        step = statistics.mean(changes)
+        error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
+        steps.append(abs(step))
+        backwards += step < 0
+        certain += step < -2 * error
+    jump = max(steps) / statistics.mean(steps)
+    return (
+        f"{figure}'s rank correlation with the dial is {correlation:.2f}; of {len(steps)} steps "
+        f"{backwards} go the other way, {certain} by more than twice their standard error; the "
+        f"largest is {jump:.1f} times the mean."
+    )
 
 
 def _rank_correlation(values: list[float]) -> float:
@@ -328,8 +355,8 @@ def main() -> None:
     given.add_argument("--single", type=Path, required=True, help="the single adapter's file")
     options = given.parse_args()
     studio = Studio(Lab("sd3"), single=options.single)
-    rows = run(studio, options)
-    texts = [notes, verdict(rows), overhead(studio)]
+    found = run(studio, options)
+    rows, texts = means(found), [notes, verdict(found), overhead(studio)]
     if options.json:
         picture = options.json.with_suffix(".png")
         texts.append(f"![both figures over the dial, and one against the other]({picture.name})")
