@@ -173,6 +173,13 @@ def parser(pack: ModuleType) -> argparse.ArgumentParser:
     models.add_argument("--vae", help="a file of models/vae")
     models.add_argument("--low", required=True, help="a file of models/clip_vision, such as DINOv2")
     models.add_argument("--high", required=True, help="a file of models/clip_vision, such as CLIP")
+    for name in ("low", "high"):
+        models.add_argument(
+            f"--{name}-activation",
+            choices=pack.nodes.host.image_encoders.ACTIVATIONS,
+            default="auto",
+            help=f"of --{name}, as in Load Image Encoder (auto)",
+        )
     files = found.add_argument_group("files")
     files.add_argument("--data", type=Path, required=True, help="the folder of pictures")
     files.add_argument("--output", required=True, help="name of the adapter in models/flexip")
@@ -194,14 +201,15 @@ def as_option(widget: Any) -> dict[str, Any]:
     return {**common, "type": type(widget.default)}
 
 
-def image_encoder(pack: ModuleType, file_name: str, option: str) -> Any:
+def image_encoder(pack: ModuleType, options: argparse.Namespace, option: str) -> Any:
     """The image encoder that an option names.
 
     Raises:
         ValueError: a file that cannot be used.
     """
+    file_name, activation = (getattr(options, name) for name in (option, f"{option}_activation"))
     try:
-        return pack.nodes.host.image_encoders.load(file_name)
+        return pack.nodes.host.image_encoders.load(file_name, activation)
     except ValueError as error:
         raise ValueError(f"--{option}: {error}") from error
 
@@ -217,7 +225,7 @@ def train(pack: ModuleType, options: argparse.Namespace, accelerator: Any) -> No
     pack.nodes.host.lessons.require_parts(clip, vae)
     values = {widget.id: getattr(options, widget.id) for widget in widgets_of(pack)}
     pack.nodes.host.arguments.require_valid(node.TrainFlexIP, values)
-    low, high = (image_encoder(pack, getattr(options, name), name) for name in ("low", "high"))
+    low, high = (image_encoder(pack, options, name) for name in ("low", "high"))
     encoders = pack.nodes.host.flexip_pairs.Encoders(model, clip, vae, low, high)
     is_main = accelerator is None or accelerator.is_main_process
     log = Log(options.log or default_log(options.output)) if is_main else Silence()

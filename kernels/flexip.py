@@ -155,7 +155,7 @@ class FlexIP(nn.Module):
         )
 
     def keys_values(self, block: str, tokens: Tensor) -> Gated:
-        """What a block's attention looks at."""
+        """What a block's attention looks at: (B, T, width) -> (B, T, the block's width) each."""
         return Gated(self.to_k[block](tokens), self.to_v[block](tokens))
 
     def forward(self, low: Tensor, high: Tensor, text: Tensor) -> dict[str, tuple[Gated, Gated]]:

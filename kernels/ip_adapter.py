@@ -150,6 +150,6 @@ class IPAdapterBranch(nn.Module):
         return self.image_proj(embedding if whole else hidden)
 
     def keys_values(self, number: str, tokens: Tensor) -> Gated:
-        """What a cross-attention looks at."""
+        """What a cross-attention looks at: (B, T, width) -> (B, T, its width) each."""
         layer = self.ip_adapter[number]
         return Gated(layer["to_k_ip"](tokens), layer["to_v_ip"](tokens))

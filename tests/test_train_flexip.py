@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -187,5 +188,6 @@ def test_an_encoder_that_is_not_there_is_told_by_its_option(
     host: Host,  # noqa: ARG001
     pack: ModuleType,
 ) -> None:
+    options = argparse.Namespace(low="none.safetensors", low_activation="auto")
     with pytest.raises(ValueError, match=r"^--low: file_name is none\.safetensors, which is not"):
-        script.image_encoder(pack, "none.safetensors", "low")
+        script.image_encoder(pack, options, "low")

@@ -36,7 +36,7 @@ class Branch(Protocol):
         """
 
     def keys_values(self, block: Block, tokens: Tensor) -> Gated:
-        """Of a block's attention."""
+        """Of a block's attention, (B, T, its width) each, of tokens (B, T, width)."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class FlexIPPreservation:
         """See `Branch`."""
         sizes = self.network.sizes
         _require_width("low_encoder", subject.low.shape[-1], sizes.low_width)
-        _require_width("high_encoder", subject.high.shape[-1], sizes.high_width)
+        _require_width(subject.high_input, subject.high.shape[-1], sizes.high_width)
 
     def tokens(self, subject: Subject, text: Tensor, seen: bool) -> Tensor:
         """See `Branch`; trained without a subject, the network knows one of zeros."""
@@ -117,7 +117,7 @@ class FlexIPPersonalization:
 
     def require_fitting(self, subject: Subject) -> None:
         """See `Branch`."""
-        _require_width("high_encoder", subject.high.shape[-1], self.network.sizes.high_width)
+        _require_width(subject.high_input, subject.high.shape[-1], self.network.sizes.high_width)
 
     def tokens(self, subject: Subject, text: Tensor, seen: bool) -> Tensor:
         """See `Branch`."""
@@ -139,8 +139,15 @@ class IPAdapterTokens:
 
     def require_fitting(self, subject: Subject) -> None:
         """See `Branch`."""
+        kind = subject.encoders[1] if subject.encoders else None
+        # The class token of a large DINOv2 is as wide as the embedding of CLIP ViT-H.
+        if kind is not None and kind.model_type != "clip_vision_model":
+            raise ValueError(
+                f"subject comes from a {subject.high_input} that is {kind}, IP-Adapter files were "
+                "trained with CLIP: connect the CLIP that the file's page names to Encode Subject"
+            )
         found = subject.high if self._is_global else subject.hidden
-        _require_width("high_encoder", found.shape[-1], self.image_width)
+        _require_width(subject.high_input, found.shape[-1], self.image_width)
 
     def tokens(self, subject: Subject, text: Tensor, seen: bool) -> Tensor:
         """See `Branch`; the files were trained without a picture as one of zeros."""
@@ -185,15 +192,16 @@ def require_fitting(model: ModelPatcher, adapter: Adapter, subject: Subject) -> 
             f"adapter {adapter.name} has attention for block {strange[0]} of width "
             f"{adapter.blocks[strange[0]]}, {has}: load the model that it was trained for"
         )
-    _require_same_encoders(adapter.encoders, subject.encoders)
+    _require_same_encoders(adapter.encoders, subject)
     for branch in adapter.branches:
         branch.require_fitting(subject)
 
 
-def _require_same_encoders(wanted: EncoderKinds | None, found: EncoderKinds | None) -> None:
-    if wanted is None or found is None:
+def _require_same_encoders(wanted: EncoderKinds | None, subject: Subject) -> None:
+    if wanted is None or subject.encoders is None:
         return
-    for name, own, other in zip(("low_encoder", "high_encoder"), wanted, found, strict=True):
+    names = "low_encoder", subject.high_input
+    for name, own, other in zip(names, wanted, subject.encoders, strict=True):
         if own != other:
             raise ValueError(
                 f"subject comes from a {name} that is {other}, the adapter was trained with {own}: "

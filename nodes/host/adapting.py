@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...kernels import masks
 from ...kernels.flexip import Gated, Mode, gated_attention
-from . import adapters, arguments, layouts, progress, step_prompts, tap
+from . import adapters, arguments, families, layouts, progress, step_prompts, tap
 from .adapters import Adapter
 from .gates import Gate, Schedule
 from .layouts import Block, Place
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 models_key = "pinpoint_adapters"
 largest_kept = 2**28
 """Bytes of keys and values that are kept over the steps of a run; beyond, they are made anew."""
+most_kept = 32
+"""Prompts that are kept over the steps of a run: trainings have new ones in every step."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def applied(
     injection = _Injection(adapter, subject, settings, schedules)
     clone = tap.tapped(step_prompts.remembering(clone), injection, replaced=True)
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, models_key, injection.forget)
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, models_key, injection.check_window)
     return clone
 
 
@@ -122,11 +127,15 @@ class _Tokens:
         """Whether a call's prompt is the same; guiders may change it from step to step."""
         if self.call() is call:
             return True
-        # What gradients flow through belongs to one call.
-        if text.requires_grad or self.text.requires_grad or not torch.equal(self.text, text):
+        if text.requires_grad or self.is_learned or not torch.equal(self.text, text):
             return False
         self.call = weakref.ref(call)
         return True
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether gradients flow through it; then it belongs to one call."""
+        return self.text.requires_grad
 
 
 @dataclass
@@ -147,6 +156,20 @@ class _Injection:
         self._strengths.clear()
         self._warned = False
 
+    def check_window(
+        self, executor: Callable[..., Tensor], guider: Any, sigmas: Tensor, *others: Any
+    ) -> Tensor:
+        """A wrapper of SAMPLER_SAMPLE: tells before a run if it has no step to act in."""
+        sampling = guider.inner_model.model_sampling
+        levels = [families.progress(sampling, float(sigma)) for sigma in sigmas[:-1]]
+        is_sampling = not comfy.model_management.in_training
+        if is_sampling and levels and not any(map(self._is_inside, levels)):
+            progress.warn(
+                f"no step of this run lies between start {self.settings.start:g} and end "
+                f"{self.settings.end:g}, so {self.adapter.name} does nothing"
+            )
+        return executor(guider, sigmas, *others)
+
     def __call__(self, attention: Attention, proceed: Proceed) -> Tensor:
         """See `tap.Handler`."""
         out = proceed(attention)
@@ -154,14 +177,17 @@ class _Injection:
         schedule = self.schedules.get(place.block)
         if place.text is None or call.text is None or schedule is None:
             return out
-        # As coarse as `progress` is.
-        if not self.settings.start - 1e-4 <= call.progress <= self.settings.end + 1e-4:
+        if not self._is_inside(call.progress):
             return out
         gamma = schedule.at(call.progress)
         added = self._read(attention, (gamma, 1 - gamma)) * self._strength(call, place, out)
         out = out.clone()
         out[:, place.image] += added.to(out)
         return out
+
+    def _is_inside(self, level: float) -> bool:
+        """Whether it acts there; as coarse as `families.progress` is."""
+        return self.settings.start - 1e-4 <= level <= self.settings.end + 1e-4
 
     def _strength(self, call: ModelCall, place: Place, out: Tensor) -> float | Tensor:
         """The weight at each of the picture's tokens, (B, tokens, 1)."""
@@ -222,16 +248,24 @@ class _Injection:
         return found
 
     def _tokens(self, call: ModelCall, position: int, rows: slice, q: Tensor) -> _Tokens:
-        """Made once for each conditioning of a run."""
+        """Made once for each conditioning of a run; the one used last is kept longest."""
         assert call.text is not None
         text, (uuid, kind) = call.text[rows], call.branches[position]
         prompt = step_prompts.prompt_of(call, position)
         key = (uuid, kind, None if uuid else position, tuple(text.shape), q.dtype, q.device)
-        made = self._made.get(key)
+        made = self._made.pop(key, None)
         if made is None or not made.are_of(call, text):
+            self._make_room(max(most_kept, len(call.branches)))
             tokens = self._make(_unrepeated(text, prompt.length).to(q), not prompt.is_negative)
-            made = self._made[key] = _Tokens(text, tokens, weakref.ref(call))
+            made = _Tokens(text, tokens, weakref.ref(call))
+        self._made[key] = made
         return made
+
+    def _make_room(self, most: int) -> None:
+        """For one more prompt."""
+        for key, made in list(self._made.items()):
+            if len(self._made) >= most or (made.is_learned and made.call() is None):
+                del self._made[key]
 
     def _make(self, text: Tensor, seen: bool) -> list[Tensor]:
         wanted = self.adapter.text_width

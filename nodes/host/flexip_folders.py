@@ -149,7 +149,8 @@ def found(root: Path) -> Collection:
     """
     invariant = _pictures(root, root / _kinds[0])
     variant = root / _kinds[1]
-    folders = sorted(p for p in variant.iterdir() if p.is_dir()) if variant.is_dir() else []
+    inside = sorted(variant.iterdir()) if variant.is_dir() else []
+    folders = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
     subjects = [group for folder in folders if (group := _pictures(root, folder))]
     if not invariant and not subjects:
         raise ValueError(
@@ -163,6 +164,7 @@ def found(root: Path) -> Collection:
                 "more: add others of the same subject, or move it to invariant"
             )
     collection = Collection(tuple(invariant), tuple(map(tuple, subjects)))
+    _require_no_others(root, collection)
     silent = [picture for picture in collection.pictures if not picture.caption_path.is_file()]
     if silent:
         names = ", ".join(picture.name for picture in silent[:3])
@@ -189,8 +191,31 @@ def _pictures(root: Path, folder: Path) -> list[Picture]:
     return [
         Picture(path, str(path.relative_to(root)))
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in suffixes and not path.name.endswith(_mask_suffix)
+        if _is_picture(path)
     ]
+
+
+def _is_picture(path: Path) -> bool:
+    # Some systems put hidden files with the same endings beside pictures.
+    is_named = path.suffix.lower() in suffixes and not path.name.startswith(".")
+    return is_named and not path.name.endswith(_mask_suffix)
+
+
+def _require_no_others(root: Path, collection: Collection) -> None:
+    """Refuse pictures that would not be used where they lie."""
+    used = {picture.path for picture in collection.pictures}
+    for kind in _kinds:
+        for path in sorted((root / kind).rglob("*")):
+            inside = path.relative_to(root)
+            if _is_picture(path) and path not in used and not _is_hidden(inside):
+                raise ValueError(
+                    f"picture {inside} lies where it is not used: put pictures into invariant, or "
+                    "into one folder of variant for each subject, with no folders between"
+                )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _stamp(path: Path) -> str:
@@ -203,7 +228,7 @@ def _stamp(path: Path) -> str:
 def _opened(path: Path, name: str) -> Image.Image:
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file)
+            return _in_8_bits(ImageOps.exif_transpose(file))
     except (
         OSError,
         SyntaxError,
@@ -214,6 +239,13 @@ def _opened(path: Path, name: str) -> Image.Image:
         raise ValueError(
             f"picture {name} cannot be read ({error}): save it again, or take it away"
         ) from error
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """PIL clips what has 16 bits where it converts it."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture, np.float32) / 257).round().astype(np.uint8))
 
 
 def _tensor(picture: Image.Image) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.flexip import FlexIP, Gated, Mode, gated_attention
@@ -36,8 +35,7 @@ class Lesson:
 
     def wrappers(self, model: ModelPatcher) -> list[Callable[..., Tensor]]:
         """Of a model's call."""
-        tapped = tap.tapped(model, self)
-        return [self._read, *tapped.get_wrappers(WrappersMP.APPLY_MODEL, tap.wrapper_key)]
+        return [self._read, tap.wrapper_of(model, self, replaced=True)]
 
     def backward(self) -> None:
         """Lead the gradients of the keys and values on to the adapter."""

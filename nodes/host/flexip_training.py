@@ -97,7 +97,7 @@ class Trainer(training.TrainingSampler):
             betas=(0.9, 0.99),
         )
         self.progress = Progress()
-        self._is_good = True
+        self._is_whole = True
         self._origin = {
             "model": families.name(model),
             "mode": settings.mode,
@@ -144,7 +144,7 @@ class Trainer(training.TrainingSampler):
         try:
             self._make_steps()
         finally:
-            if self._is_good and self.progress.step > self._first:
+            if self._is_whole and self.progress.step > self._first:
                 self.save()
 
     def save(self) -> None:
@@ -209,7 +209,7 @@ class Trainer(training.TrainingSampler):
         loss = self._gather(self._backward(pairs, chance, generator))
         norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), 1.0))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._is_good = False
+            self._is_whole = False
             raise ValueError(
                 f"loss is no number any more after step {step + 1} of {settings.steps}: lower the "
                 "rate, or choose fp32 in precision"
@@ -217,9 +217,12 @@ class Trainer(training.TrainingSampler):
         # What the last step led to is known to be good only now.
         if step and step % self.save_every == 0:
             self.save()
+        # Whoever stops a script stops it anywhere; of half a step nothing may be saved.
+        self._is_whole = False
         self._descend()
         self.progress.losses.append(loss)
         self.progress.step += 1
+        self._is_whole = True
 
     def _descend(self) -> None:
         settings, done = self.settings, self.progress.step

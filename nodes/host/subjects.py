@@ -52,6 +52,7 @@ class Subject:
         hidden: (R, T, H), the high-level encoder's penultimate hidden states, class token first.
         blank: (1, T, H), the same of a picture of the encoder's mean colour.
         encoders: that saw it; None if not known.
+        high_input: of Encode Subject, to which the high-level encoder is connected.
     """
 
     low: Tensor
@@ -59,6 +60,7 @@ class Subject:
     hidden: Tensor
     blank: Tensor
     encoders: EncoderKinds | None = None
+    high_input: str = "high_encoder"
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def encoded(
     blank = torch.tensor(high.color).expand(side, side, 3)
     gathered.append(_whole(high, high.see(blank))[1].float())
     kept = dict(zip(("low", "high", "hidden", "blank"), map(_unbound, gathered), strict=True))
-    return Subject(**kept, encoders=(kind_of(low.model), kind_of(high.model))), pictures
+    kinds = kind_of(low.model), kind_of(high.model)
+    return Subject(**kept, encoders=kinds, high_input=high.input_name), pictures
 
 
 @torch.no_grad()

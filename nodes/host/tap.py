@@ -120,7 +120,7 @@ def tapped(
     Raises:
         ValueError: a family whose attention is not known.
     """
-    tap = _Tap(handler, layout_of(model), model.model.diffusion_model, replaced)
+    tap = wrapper_of(model, handler, replaced=replaced)
     clone = model.clone()
     others = clone.get_wrappers(WrappersMP.APPLY_MODEL, wrapper_key) if innermost else []
     if others:
@@ -128,6 +128,13 @@ def tapped(
     for each in (tap, *others):
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, wrapper_key, each)
     return clone
+
+
+def wrapper_of(
+    model: ModelPatcher, handler: Handler, *, replaced: bool = False
+) -> Callable[..., Tensor]:
+    """What puts a handler around the attention of one call of a model; see `tapped`."""
+    return _Tap(handler, layout_of(model), model.model.diffusion_model, replaced)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ def write(
         # The format's own files can be read by nobody else, whatever is usual here.
         unfinished.touch()
         usual = unfinished.stat().st_mode
-        # Wires carry tensors that share memory, which the format does not allow.
-        whole = {name: t.clone().contiguous() for name, t in tensors.items()}
+        # Wires carry tensors that share memory, which the format does not allow; their device may
+        # be full.
+        whole = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
         save_file(whole, unfinished, metadata)
         unfinished.chmod(usual)
         unfinished.replace(path)

@@ -1,13 +1,14 @@
 """One dial between keeping a subject and following the prompt: FlexIP over gamma.
 
-    python tests/portraits/train_flexip.py --single --output single.safetensors
+    python tests/portraits/train_flexip.py --gate none --output single.safetensors
+    python tests/portraits/train_flexip.py --gate linear --output linear.safetensors
     python tests/bench/flexip.py --count 60 --seed 1 --single single.safetensors \\
-        --json tests/bench/results/flexip.json
+        --linear linear.safetensors --json tests/bench/results/flexip.json
 
 Each held-out person has one reference, a portrait with other attributes than the four prompts ask
-for; all rows generate from the same noises on the same weights. The single adapter is trained as
-FlexIP's, with the same steps. A finished row of a person is kept in `--cache`, from which an
-interrupted run goes on.
+for; all rows generate from the same noises on the same model. Each row's adapter is trained for it,
+on the same pairs and with the same steps; the literal gate's is the one that ships. A finished row
+of a person is kept in `--cache`, from which an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -68,7 +70,7 @@ methods = {
     "no adapter": Method(None, "literal", "gamma"),
     "single adapter, weight": Method("single", "linear", "weight"),
     "FlexIP, literal gate": Method("flexip", "literal", "gamma"),
-    "FlexIP, linear gate": Method("flexip", "linear", "gamma"),
+    "FlexIP, linear gate": Method("linear", "linear", "gamma"),
 }
 
 
@@ -93,9 +95,9 @@ class Studio:
         )
         chosen = {"flexip": weights.flexip_file, **adapters}
         self.adapters = {name: files.load_file(file) for name, file in chosen.items()}
-        self._digests = {
-            name: hashlib.sha256(file.read_bytes()).hexdigest()[:8] for name, file in chosen.items()
-        }
+        shared = weights.network_files["sd3"], weights.low_encoder_file, weights.high_encoder_file
+        self._shared = " ".join(map(_digest, shared))
+        self._digests = {name: _digest(file) for name, file in chosen.items()}
         self.encoders = [
             self.lab.run("PinpointLoadImageEncoder", file_name=file.name, activation="auto")[0]
             for file in (weights.low_encoder_file, weights.high_encoder_file)
@@ -103,7 +105,8 @@ class Studio:
 
     def digest(self, method: Method) -> str:
         """Differs where a method's pictures do, for rows that are kept."""
-        return f"{steps} {guidance} {self._digests.get(method.file or '', '')}"
+        own = self._digests.get(method.file or "", "")
+        return f"{steps} {guidance} {judged_size} {fitting_steps} {self._shared} {own}"
 
     def subject(self, person: Portrait) -> Any:
         """A person's portrait as the encoders see it."""
@@ -140,6 +143,10 @@ class Studio:
         )
         seconds = time.perf_counter() - started
         return self.lab.decode(made), seconds
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -247,21 +254,27 @@ def verdict(found: Findings) -> str:
 def _course(found: Findings, name: str, figure: str, sign: int) -> str:
     """How a figure goes with the dial, up or down by its sign; steps are of the same people."""
     columns = [[sign * row[figure] for row in found[name, dial]] for dial in gammas]
+    changes = [
+        [b - a for a, b in zip(before, after, strict=True)] for before, after in pairwise(columns)
+    ]
+    steps = [statistics.mean(each) for each in changes]
+    errors = [statistics.pstdev(each) / len(each) ** 0.5 for each in changes]
+    certain = sum(step < -2 * error for step, error in zip(steps, errors, strict=True))
     correlation = sign * _rank_correlation([statistics.mean(column) for column in columns])
-    steps, backwards, certain = [], 0, 0
-    for before, after in pairwise(columns):
-        changes = [b - a for a, b in zip(before, after, strict=True)]
-        step = statistics.mean(changes)
-        error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
-        steps.append(abs(step))
-        backwards += step < 0
-        certain += step < -2 * error
-    jump = max(steps) / statistics.mean(steps)
+    chance, everyone = random.Random(0), range(len(columns[0]))
+    jumps = sorted(_jump(changes, chance.choices(everyone, k=len(everyone))) for _ in range(1000))
     return (
         f"{figure}'s rank correlation with the dial is {correlation:.2f}; of {len(steps)} steps "
-        f"{backwards} go the other way, {certain} by more than twice their standard error; the "
-        f"largest is {jump:.1f} times the mean."
+        f"{sum(step < 0 for step in steps)} go the other way, {certain} by more than twice their "
+        f"standard error; the largest is {_jump(changes, everyone):.1f} times the mean (90 % of "
+        f"bootstraps: {jumps[50]:.1f} to {jumps[949]:.1f})."
     )
+
+
+def _jump(changes: list[list[float]], chosen: Sequence[int]) -> float:
+    """The largest step of some people's mean, in mean steps."""
+    steps = [abs(statistics.mean(each[n] for n in chosen)) for each in changes]
+    return max(steps) / max(statistics.mean(steps), 1e-9)
 
 
 def _rank_correlation(values: list[float]) -> float:
@@ -352,9 +365,10 @@ def main() -> None:
     given.add_argument(
         "--backwards", action="store_true", help="for a second process that shares the cache"
     )
-    given.add_argument("--single", type=Path, required=True, help="the single adapter's file")
+    for name in ("single", "linear"):
+        given.add_argument(f"--{name}", type=Path, required=True, help="that adapter's file")
     options = given.parse_args()
-    studio = Studio(Lab("sd3"), single=options.single)
+    studio = Studio(Lab("sd3"), single=options.single, linear=options.linear)
     found = run(studio, options)
     rows, texts = means(found), [notes, verdict(found), overhead(studio)]
     if options.json:
@@ -370,9 +384,9 @@ notes = (
     "identity's 12 parameters of the face, in percent of their ranges, as fitted to the picture "
     "with the attributes that it is found to show. personalization: percent of the visible "
     "attributes that are as prompted. The dial is gamma; for the single adapter (an IP-Adapter of "
-    "detail and global tokens, trained on the same pairs) its weight. The linear gate is put to "
-    "the weights that were trained with the literal one. Of all adapters here the preservation "
-    "tokens were first taught on the drawer's labels, see tests/portraits/train_flexip.py."
+    "detail and global tokens) its weight. Each adapter is trained with its own gate on the same "
+    "pairs, after its preservation tokens were taught on the drawer's labels, see "
+    "tests/portraits/train_flexip.py."
 )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from host import foreign, stock, subjects
+from host import flexips, foreign, stock, subjects
 from host.edits import left_half, patcher_state
 from host.subjects import Case
 from host.tapping import FAMILIES, Family, families, few
@@ -217,6 +217,15 @@ def test_subjects_share_the_picture_in_any_order(
     torch.testing.assert_close(family.velocity(one), family.velocity(two), rtol=1e-4, atol=1e-4)
 
 
+def sample(family: Family, model: Any) -> None:
+    stock.call(
+        "KSampler",
+        **dict(model=model, seed=0, steps=4, cfg=2.0, sampler_name="euler"),
+        **dict(scheduler="simple", positive=family.prompt(1), negative=family.prompt(2)),
+        latent_image={"samples": family.latent()},
+    )
+
+
 def test_what_blocks_see_is_made_once_a_run_and_freed(
     case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,15 +239,33 @@ def test_what_blocks_see_is_made_once_a_run_and_freed(
         return found
 
     monkeypatch.setattr(network, "preservation", counted)
-    stock.call(
-        "KSampler",
-        **dict(model=made.applied(), seed=0, steps=4, cfg=2.0, sampler_name="euler"),
-        **dict(scheduler="simple", positive=family.prompt(1), negative=family.prompt(2)),
-        latent_image={"samples": family.latent()},
-    )
+    sample(family, made.applied())
     assert len(made_tokens) == 2
     gc.collect()
     assert all(tensor() is None for tensor in made_tokens)
+
+
+def test_trainings_do_not_pile_up_prompts(
+    case: Callable[..., Case], pack: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have other prompts in every step, and a run ends with them only."""
+    made = case(FAMILIES["SD3"])
+    network, made_tokens = made.adapter.patcher.model, []
+    tokens, most = network.preservation, pack.nodes.host.adapting.most_kept
+
+    def counted(*given: Tensor) -> Tensor:
+        made_tokens.append(weakref.ref(found := tokens(*given)))
+        return found
+
+    def look(_trainer: Any) -> None:
+        alive.append(sum(tensor() is not None for tensor in made_tokens))
+
+    monkeypatch.setattr(network, "preservation", counted)
+    alive: list[int] = []
+    make = flexips.maker(pack, lambda _: made.applied())
+    make(steps=most + 8, batch=1, watch=look).run()
+    assert len(made_tokens) == most + 8
+    assert max(alive) == most
 
 
 @families
@@ -252,6 +279,16 @@ def test_where_it_does_not_act_nothing_moves(
         "window": dict(start=0.98),
     }[kind]
     assert torch.equal(family.velocity(made.applied(**settings)), family.velocity(made.model))
+
+
+@pytest.mark.parametrize(("start", "is_said"), [(0.5, False), (0.98, True)])
+def test_a_window_without_a_step_is_said(
+    case: Callable[..., Case], caplog: pytest.LogCaptureFixture, start: float, is_said: bool
+) -> None:
+    family = FAMILIES["SD3"]
+    said = "no step of this run lies between start 0.98 and end 1, so tiny does nothing"
+    sample(family, case(family).applied(start=start))
+    assert (said in caplog.text) == is_said
 
 
 @pytest.mark.parametrize(

@@ -260,3 +260,7 @@ def test_other_models_and_encoders_are_refused(
         narrow = replace(subject, **{part: getattr(subject, part)[..., :found]})
         with pytest.raises(ValueError, match=said.format(found, wanted)):
             apply(tiny_model(MODELS["SD15"]), adapter, narrow)
+    dino = subject.encoders[0]
+    other = replace(subject, encoders=(dino, dino), high_input="low_encoder")
+    with pytest.raises(ValueError, match=r"from a low_encoder that is dinov2 .* trained with CLIP"):
+        apply(tiny_model(MODELS["SD15"]), adapter, other)

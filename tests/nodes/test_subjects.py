@@ -93,6 +93,8 @@ def test_one_encoder_does_both(low: Any, high: Any, portraits: Tensor) -> None:
     require_same(alone, both)
     assert torch.equal(alone.low, encode(portraits, low, high)[0].low)
     assert torch.equal(alone.high, low.encode_image(portraits).image_embeds)
+    assert alone.high_input == "low_encoder"
+    assert both.high_input == "high_encoder"
 
 
 def test_the_patches_of_a_clip_are_those_before_its_last_layer(

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from host import flexips
@@ -22,6 +24,9 @@ def test_pictures_masks_and_captions_are_found(root: Path, pack: ModuleType) -> 
     folders = pack.nodes.host.flexip_folders
     (root / "variant" / "readme.txt").write_text("no subject", "utf-8")
     (root / "variant" / "empty").mkdir()
+    for hidden in ("variant/.trash/old.png", "variant/a/._0.png"):
+        (root / hidden).parent.mkdir(exist_ok=True)
+        (root / hidden).write_bytes(b"")
     found = folders.found(root)
     assert [p.name for p in found.invariant] == ["invariant/0.png", "invariant/1.png"]
     assert [[p.name for p in group] for group in found.subjects] == [
@@ -50,6 +55,13 @@ def test_pictures_are_read_as_they_are_seen(tmp_path: Path, pack: ModuleType) ->
     assert picture(tmp_path / "clear.webp", "c").pixels().shape == (1, 64, 80, 4)
     turned.convert("L").save(tmp_path / "grey.png")
     assert picture(tmp_path / "grey.png", "g").pixels().shape == (1, 64, 80, 3)
+    fine = np.linspace(0, 65535, 64 * 80).reshape(64, 80)
+    Image.fromarray(fine.astype(np.uint16)).save(tmp_path / "fine.png")
+    Image.fromarray(fine.astype(np.uint16)).save(tmp_path / "fine.mask.png")
+    expected = torch.from_numpy(fine / 65535).float()
+    found = picture(tmp_path / "fine.png", "f")
+    torch.testing.assert_close(found.pixels()[0, ..., 1], expected, rtol=0, atol=1 / 400)
+    torch.testing.assert_close(found.mask()[0], expected, rtol=0, atol=1 / 400)
 
 
 def nothing(root: Path) -> None:
@@ -59,6 +71,15 @@ def nothing(root: Path) -> None:
 
 def one_of_a_subject(root: Path) -> None:
     (root / "variant" / "b" / "1.png").unlink()
+
+
+def beside_subjects(root: Path) -> None:
+    flexips.picture(1).save(root / "variant" / "loose.png")
+
+
+def too_deep(root: Path) -> None:
+    (root / "invariant" / "beach").mkdir()
+    flexips.picture(1).save(root / "invariant" / "beach" / "sea.jpg")
 
 
 def no_captions(root: Path) -> None:
@@ -71,6 +92,8 @@ def no_captions(root: Path) -> None:
     [
         (nothing, r"folder .*set has no pictures in invariant or in folders of variant: put PNG"),
         (one_of_a_subject, "folder variant/b has one picture, and a subject needs two or more"),
+        (beside_subjects, r"picture variant/loose\.png lies where it is not used: put pictures in"),
+        (too_deep, r"picture invariant/beach/sea\.jpg lies where it is not used"),
         (
             no_captions,
             r"captions are missing for invariant/0\.png, invariant/1\.png, variant/a/0\.png and 3 "

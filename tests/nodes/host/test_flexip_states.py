@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from host import flexips
 from host.flexips import Make, require_same, weights
@@ -92,6 +93,46 @@ def test_interruption_keeps_the_state_and_the_next_training_runs(
     assert later.progress.step == 2
     later.run()
     assert later.progress.step == 4
+
+
+def test_half_a_step_is_not_kept(make: Make, tmp_path: Path) -> None:
+    state = tmp_path / "a.state.safetensors"
+    stopped = make(state=state, save_every=1)
+    update = stopped.averaged.update_parameters
+
+    def stop(network: Any) -> None:
+        if stopped.progress.step == 2:
+            raise KeyboardInterrupt
+        update(network)
+
+    stopped.averaged.update_parameters = stop
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    later, whole = make(state=state), make()
+    assert later.progress.step == 2
+    later.run()
+    whole.run()
+    require_same(weights(later), weights(whole))
+
+
+class FullDevice(TorchDispatchMode):
+    """Has no room for another copy."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.clone.default:
+            raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_full_device_keeps_nothing_from_being_saved(make: Make, tmp_path: Path) -> None:
+    state = tmp_path / "a.state.safetensors"
+    trainer = make(steps=2, state=state)
+    trainer.run()
+    state.unlink()
+    with FullDevice():
+        trainer.save()
+    later = make(steps=2, state=state)
+    require_same(weights(later), weights(trainer))
 
 
 def test_a_new_training_that_fails_at_once_keeps_the_old_state(make: Make, tmp_path: Path) -> None:

@@ -32,8 +32,16 @@ def prompted(family: Family) -> stock.Conditioning:
 
 
 @families
-def test_a_new_adapter_changes_nothing(make: Make, family: Family, tiny_model: TinyModel) -> None:
-    model, x = tiny_model(family.model), family.latent()
+@pytest.mark.parametrize("is_tapped", [False, True])
+def test_a_new_adapter_changes_nothing(
+    pack: ModuleType, family: Family, tiny_model: TinyModel, is_tapped: bool
+) -> None:
+    tap = pack.nodes.host.tap
+    halved = tap.changing(lambda attention: attention.v * 0.5)
+    models = {"plain": tiny_model(family.model)}
+    models["tapped"] = tap.tapped(models["plain"], halved)
+    model, x = models["tapped" if is_tapped else "plain"], family.latent()
+    make = flexips.maker(pack, lambda _: model)
     expected = stock.velocity(model, prompted(family), None, 1.0, x, 0.6)
     found: list[Tensor] = []
 
