@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -31,15 +30,7 @@ def pictures(trainer: Trainer, pair: Pair, vae: VAE) -> Tensor:
     """
     model, device = trainer.inner_model, trainer.model.load_device
     gamma = torch.tensor(gammas)
-    tokens, pooled, mask = Text(*trainer.pairs.empty)
-    blank = replace(
-        pair,
-        low=torch.zeros_like(pair.low),
-        high=torch.zeros_like(pair.high),
-        text=tokens,
-        pooled=pooled,
-        text_mask=mask,
-    )
+    blank = pair.without_subject().captioned(Text(*trainer.pairs.empty))
 
     def denoised(x: Tensor, sigma: Tensor, **_options: Any) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -46,6 +46,14 @@ class Pair:
     pooled: Tensor | None
     invariant: bool
     text_mask: Tensor | None = None
+
+    def without_subject(self) -> Pair:
+        """Without its reference, which is one of zeros then."""
+        return replace(self, low=torch.zeros_like(self.low), high=torch.zeros_like(self.high))
+
+    def captioned(self, text: Text) -> Pair:
+        """With another caption."""
+        return replace(self, text=text.tokens, pooled=text.pooled, text_mask=text.mask)
 
 
 class Pairs(Protocol):

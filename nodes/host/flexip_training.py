@@ -251,13 +251,11 @@ class Trainer(training.TrainingSampler):
         settings, draw = self.settings, chance.random()
         bounds = (settings.drop_both, settings.drop_subject, settings.drop_text)
         both, subject, text = (sum(bounds[: i + 1]) for i in range(3))
-        low, high, words = pair.low, pair.high, Text(pair.text, pair.pooled, pair.text_mask)
         if draw < subject:
-            low, high = torch.zeros_like(low), torch.zeros_like(high)
+            pair = pair.without_subject()
         if draw < both or subject <= draw < text:
-            words = Text(*self.pairs.empty)
-        tokens, pooled, mask = words
-        return Pair(low, high, pair.latent, tokens, pooled, pair.invariant, mask)
+            pair = pair.captioned(Text(*self.pairs.empty))
+        return pair
 
     def _backward(
         self, pairs: list[Pair], chance: random.Random, generator: torch.Generator
