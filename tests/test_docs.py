@@ -12,42 +12,9 @@ import pytest
 
 from host.comfyui import PACK
 from host.inprocess import Host
+from host.node_ids import NODES
 from host.server import Server
 
-NODES = (
-    "PinpointLearnIdentity",
-    "PinpointApplyIdentity",
-    "PinpointSaveIdentity",
-    "PinpointLoadIdentity",
-    "PinpointIdentityHook",
-    "PinpointLoadImageEncoder",
-    "PinpointEncodeSubject",
-    "PinpointLoadFlexIP",
-    "PinpointApplyFlexIP",
-    "PinpointFlexIPGate",
-    "PinpointIPAdapterBranches",
-    "PinpointTrainFlexIP",
-    "PinpointVelocityMask",
-    "PinpointCompositeEdit",
-    "PinpointChangeMask",
-    "PinpointEditScore",
-    "PinpointCompareEdits",
-    "PinpointEditWithWords",
-    "PinpointSourceTargetGuider",
-    "PinpointEditSampler",
-    "PinpointAttentionMask",
-    "PinpointFlowSolver",
-    "PinpointInvert",
-    "PinpointNoiseFromLatent",
-    "PinpointNullTextInversion",
-    "PinpointNullTextGuider",
-    "PinpointRecordValues",
-    "PinpointInjectValues",
-    "PinpointStructureSampler",
-    "PinpointStructureDetailEdit",
-    "PinpointPromptToPrompt",
-    "PinpointPromptToPromptGuider",
-)
 LOCALES = sorted(folder.name for folder in (PACK / "locales").iterdir())
 HEADINGS = (
     "Where it goes",

@@ -21,6 +21,7 @@ from host.edits import (
 )
 from host.inprocess import Host
 from host.prompts import PromptFailed, PromptInterrupted
+from host.traps import Trap, interrupt
 
 TinyModel = Callable[[str], Any]
 
@@ -153,25 +154,6 @@ def test_prompts_of_other_lengths_are_asked_apart_and_give_the_same(
 
 
 # Law 9: interrupt, error, out of memory
-
-
-class Trap:
-    """A wrapper that springs once, in a given call of the model counted from 1."""
-
-    def __init__(self, spring: Callable[[], None]):
-        self.spring, self.calls_left = spring, 0
-
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls_left -= 1
-        if self.calls_left == 0:
-            self.spring()
-        return executor(*args, **kwargs)
-
-
-def interrupt() -> None:
-    import comfy.model_management
-
-    comfy.model_management.interrupt_current_processing()
 
 
 def fail() -> None:

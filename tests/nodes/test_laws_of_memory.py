@@ -32,6 +32,7 @@ from host.inversions import (
     solver,
 )
 from host.prompts import PromptFailed, PromptInterrupted
+from host.traps import Trap, interrupt
 
 TinyModel = Callable[[str], Any]
 methods = pytest.mark.parametrize("method", METHODS)
@@ -107,25 +108,6 @@ def test_executor_gives_the_same_again_fresh_and_cached(
 
 
 # Law 9: interrupt, error, out of memory
-
-
-class Trap:
-    """A wrapper that springs once, in a given call of the model counted from 1."""
-
-    def __init__(self, spring: Callable[[], None]):
-        self.spring, self.calls_left = spring, 0
-
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls_left -= 1
-        if self.calls_left == 0:
-            self.spring()
-        return executor(*args, **kwargs)
-
-
-def interrupt() -> None:
-    import comfy.model_management
-
-    comfy.model_management.interrupt_current_processing()
 
 
 def run_out_of_memory() -> None:

@@ -15,45 +15,12 @@ from host import flexips, identities, ip_adapters, stock, subjects, tiny_clip
 from host.edits import picture_latent
 from host.graphs import NodeGraph
 from host.inprocess import Host
+from host.node_ids import NODES
 from host.prompts import PromptFailed, PromptRejected
 from host.tapping import FAMILIES
 
 TinyModel = Callable[[str], Any]
 
-NODES = (
-    "PinpointLearnIdentity",
-    "PinpointApplyIdentity",
-    "PinpointSaveIdentity",
-    "PinpointLoadIdentity",
-    "PinpointIdentityHook",
-    "PinpointLoadImageEncoder",
-    "PinpointEncodeSubject",
-    "PinpointLoadFlexIP",
-    "PinpointApplyFlexIP",
-    "PinpointFlexIPGate",
-    "PinpointIPAdapterBranches",
-    "PinpointTrainFlexIP",
-    "PinpointVelocityMask",
-    "PinpointSourceTargetGuider",
-    "PinpointEditSampler",
-    "PinpointEditWithWords",
-    "PinpointCompositeEdit",
-    "PinpointChangeMask",
-    "PinpointEditScore",
-    "PinpointCompareEdits",
-    "PinpointAttentionMask",
-    "PinpointFlowSolver",
-    "PinpointInvert",
-    "PinpointNoiseFromLatent",
-    "PinpointNullTextInversion",
-    "PinpointNullTextGuider",
-    "PinpointRecordValues",
-    "PinpointInjectValues",
-    "PinpointStructureSampler",
-    "PinpointStructureDetailEdit",
-    "PinpointPromptToPrompt",
-    "PinpointPromptToPromptGuider",
-)
 # Those that refuse flow models.
 NOISE_PREDICTION = ("PinpointNullTextInversion", "PinpointNullTextGuider")
 nodes = pytest.mark.parametrize("class_type", NODES)
