@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.clock import Clock
 from bench.lab import Kept, Lab, Row, mean_row, parser, report
 from portraits import weights
 from portraits.dataset import people, pictures, smallest_change, views
@@ -124,9 +125,7 @@ class Studio:
         settings = self.adapting.Settings(weight, self.gates.constant(gamma), method.mode)
         return self.adapting.applied(self.lab.model, self.adapters[method.file], subject, settings)
 
-    def pictures(
-        self, model: Any, texts: list[str], seed: int, steps: int = steps
-    ) -> tuple[Tensor, float]:
+    def pictures(self, model: Any, texts: list[str], seed: int) -> tuple[Tensor, float]:
         """(B, 3, 128, 128) from noise, and the seconds that the sampling took."""
         prompts = {"positive": self.lab.prompts(texts), "negative": self.lab.prompts([""])}
         started = time.perf_counter()
@@ -321,27 +320,21 @@ def overhead(studio: Studio) -> str:
     """What the adapter adds to sampling, measured in turn with runs without it."""
     person, *asked = views(people("held-out", 2, 1)[0], random.Random(0), 1 + prompts_each)
     subject = studio.subject(person)
-    texts, lengths, times = [caption(p) for p in asked], (steps, 2 * steps), 15
-    models = {
-        "plain": studio.lab.model,
-        "adapted": studio.model(methods["FlexIP, literal gate"], subject, 0.5),
-    }
-    taken: dict[tuple[str, int], list[float]] = {}
-    for _ in range(times):
-        for name, model in models.items():
-            for length in lengths:
-                seconds = studio.pictures(model, texts, 0, length)[1]
-                taken.setdefault((name, length), []).append(seconds)
-    short, long = (
-        {name: statistics.median(taken[name, length]) for name in models} for length in lengths
-    )
-    step = {name: (long[name] - short[name]) / steps for name in models}
-    once = short["adapted"] - short["plain"] - steps * (step["adapted"] - step["plain"])
+    texts, runs = [caption(p) for p in asked], 30
+    adapted = studio.model(methods["FlexIP, literal gate"], subject, 0.5)
+    clocks = {"plain": Clock(studio.lab.model), "adapted": Clock(adapted)}
+    taken: dict[str, list[float]] = {name: [] for name in clocks}
+    for _ in range(runs):
+        for name, clock in clocks.items():
+            taken[name].append(studio.pictures(clock.model, texts, 0)[1])
+    step = {name: statistics.median(clock.steps) for name, clock in clocks.items()}
+    whole = {name: statistics.median(seconds) for name, seconds in taken.items()}
+    once = whole["adapted"] - whole["plain"] - steps * (step["adapted"] - step["plain"])
+    of_step, of_run = (100 * (each["adapted"] / each["plain"] - 1) for each in (step, whole))
     return (
-        f"Overhead: {100 * (step['adapted'] / step['plain'] - 1):.1f} % of a step, which is what "
-        f"{lengths[1]} steps take more than {lengths[0]}, and {1000 * once:.0f} ms once for each "
-        f"run; of runs of {lengths[0]} steps {100 * (short['adapted'] / short['plain'] - 1):.1f} % "
-        f"in all (the sampling alone, {len(texts)} pictures with guidance, medians of {times}). "
+        f"Overhead: {of_step:.1f} % of a step (medians of {len(clocks['plain'].steps)}, each run's "
+        f"first left out) and {1000 * once:.0f} ms once for each run; of runs of {steps} steps "
+        f"{of_run:.1f} % in all (the sampling alone, {len(texts)} pictures with guidance). "
         + memory(studio)
     )
 
