@@ -161,9 +161,10 @@ class _Injection:
     ) -> Tensor:
         """A wrapper of SAMPLER_SAMPLE: tells before a run if it has no step to act in."""
         sampling = guider.inner_model.model_sampling
-        levels = [families.progress(sampling, float(sigma)) for sigma in sigmas[:-1]]
-        is_sampling = not comfy.model_management.in_training
-        if is_sampling and levels and not any(map(self._is_inside, levels)):
+        # The first one inside ends the search.
+        levels = (families.progress(sampling, float(sigma)) for sigma in sigmas[:-1])
+        is_sampling = not comfy.model_management.in_training and len(sigmas) > 1
+        if is_sampling and not any(map(self._is_inside, levels)):
             progress.warn(
                 f"no step of this run lies between start {self.settings.start:g} and end "
                 f"{self.settings.end:g}, so {self.adapter.name} does nothing"

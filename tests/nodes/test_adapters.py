@@ -226,19 +226,25 @@ def sample(family: Family, model: Any) -> None:
     )
 
 
+def watched_tokens(made: Case, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
+    """All preservation tokens that its adapter makes from now on."""
+    network, seen = made.adapter.patcher.model, []
+    tokens = network.preservation
+
+    def counted(*given: Tensor) -> Tensor:
+        seen.append(weakref.ref(found := tokens(*given)))
+        return found
+
+    monkeypatch.setattr(network, "preservation", counted)
+    return seen
+
+
 def test_what_blocks_see_is_made_once_a_run_and_freed(
     case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = FAMILIES["SD3"]
     made = case(family)
-    network, made_tokens = made.adapter.patcher.model, []
-    tokens = network.preservation
-
-    def counted(*given: Tensor) -> Tensor:
-        made_tokens.append(weakref.ref(found := tokens(*given)))
-        return found
-
-    monkeypatch.setattr(network, "preservation", counted)
+    made_tokens = watched_tokens(made, monkeypatch)
     sample(family, made.applied())
     assert len(made_tokens) == 2
     gc.collect()
@@ -250,17 +256,12 @@ def test_trainings_do_not_pile_up_prompts(
 ) -> None:
     """They have other prompts in every step, and a run ends with them only."""
     made = case(FAMILIES["SD3"])
-    network, made_tokens = made.adapter.patcher.model, []
-    tokens, most = network.preservation, pack.nodes.host.adapting.most_kept
-
-    def counted(*given: Tensor) -> Tensor:
-        made_tokens.append(weakref.ref(found := tokens(*given)))
-        return found
+    made_tokens = watched_tokens(made, monkeypatch)
+    most = pack.nodes.host.adapting.most_kept
 
     def look(_trainer: Any) -> None:
         alive.append(sum(tensor() is not None for tensor in made_tokens))
 
-    monkeypatch.setattr(network, "preservation", counted)
     alive: list[int] = []
     make = flexips.maker(pack, lambda _: made.applied())
     make(steps=most + 8, batch=1, watch=look).run()
